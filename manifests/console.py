@@ -1,0 +1,106 @@
+"""How every command talks: one error boundary, shared options, sizes and names fit for a terminal.
+
+stdout is data, stderr is talk. This file knows click and the error tree, and nothing of manifests.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from manifests.errors import ToolkitError
+
+EXIT_INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """A click group with the error boundary of DESIGN: one sentence on stderr and the right exit code.
+
+    ``<NAME>_DEBUG=1`` (the program's name in capitals) shows the traceback instead.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the program; end the process with the exit code of what happened."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        name = self.name or "program"
+        if threading.current_thread() is threading.main_thread():
+            # A service manager's stop is an interrupt like Ctrl-C: what is half-made is removed on the way out.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            # click would turn Ctrl-C into exit code 1; outside its standalone mode it lets us decide.
+            result = super().main(args, prog_name, complete_var, False, **extra)
+            sys.stdout.flush()
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo(f"{name}: interrupted", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our output went away (for example `head`): not our failure, and nothing to say.
+            # Python would complain once more when it flushes stdout at exit, so give it another one.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except ToolkitError as error:
+            if os.environ.get(f"{name.upper()}_DEBUG") == "1":
+                raise
+            click.echo(f"{name}: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+def json_option(function: F) -> F:
+    """``--json``: one JSON document on stdout. Its keys are a promise: they may grow, not change."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
+
+
+def quiet_option(function: F) -> F:
+    """``--quiet``: no progress and no remarks on stderr; errors remain."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks on stderr.")(function)
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document to stdout, indented for people, stable for scripts."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def printable(text: str) -> str:
+    """Escape everything that could drive a terminal; names in a file may be hostile."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def format_bytes(count: int | float) -> str:
+    """Bytes in decimal units with three significant digits, as disks are sold: ``689 GB``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(value)))) + 1)
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in the two largest units that matter: ``12.3 s``, ``4 min 05 s``, ``2 h 10 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

@@ -1,0 +1,183 @@
+"""Read, bound-check and write the header of a safetensors file, without reading its tensors.
+
+A file is: 8 bytes little-endian length n, n bytes of JSON, then the payload. The JSON maps tensor names to
+``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the end of the JSON, and may hold
+``__metadata__``, a map of strings. Ranges follow each other without hole or overlap and fill the file.
+Source: the safetensors format description; the same conditions as the library's ``Metadata::validate``.
+
+This file knows one file at a time; it knows nothing of checkpoints, layers or experts.
+"""
+
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from manifests.dtypes import BITS
+from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.jsontext import parse_json
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The library's own bound; checked before the length is used to size a read."""
+
+MAX_NAME_CHARS = 1024
+MAX_FILE_BYTES = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeaderTensor:
+    """One entry of a header; begin and end are byte offsets from the start of the payload."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A parsed header.
+
+    Attributes:
+        raw: The bytes up to the payload: length, JSON and padding, exactly as stored.
+        tensors: Entries in the order of their offsets.
+        metadata: The ``__metadata__`` map.
+        file_bytes: Size of the whole file.
+    """
+
+    raw: bytes
+    tensors: tuple[HeaderTensor, ...]
+    metadata: Mapping[str, str]
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file.
+
+    Raises:
+        SourceNotFoundError: There is no regular file at path.
+        ManifestError: The header or the file's size is not what the format allows.
+    """
+    try:
+        # Asked before opening: opening a FIFO or a device could hang or do worse.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SourceNotFoundError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(LENGTH_BYTES)
+            json_bytes = _json_length(prefix, file_bytes, path)
+            text = file.read(json_bytes)
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{path}: no such file") from error
+    if len(text) != json_bytes:
+        raise ManifestError(f"{path}: the file became shorter while its header was read")
+    return parse_header(prefix + text, file_bytes=file_bytes, what=str(path))
+
+
+def parse_header(raw: bytes, *, file_bytes: int, what: str) -> Header:
+    """Check the bytes up to the payload against the format and the file's size.
+
+    Args:
+        raw: Length field and JSON; longer input is cut.
+        file_bytes: Size of the whole file.
+        what: Name of the file for messages.
+
+    Raises:
+        ManifestError: See the module's description of what a file must be.
+    """
+    json_bytes = _json_length(raw[:LENGTH_BYTES], file_bytes, what)
+    raw = raw[: LENGTH_BYTES + json_bytes]
+    # The library demands the brace at once: padding stands behind the JSON, and nothing else may pose as a header.
+    if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
+        raise ManifestError(f"{what}: the header does not start with '{{'; not a safetensors file")
+    document = parse_json(raw[LENGTH_BYTES:], what=f"header of {what}")
+    metadata = _parse_metadata(document.pop("__metadata__", {}), what)
+    tensors = [_parse_entry(name, entry, what) for name, entry in document.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    position = 0
+    for tensor in tensors:
+        if tensor.begin != position:
+            fault = "overlaps its neighbour" if tensor.begin < position else "leaves a hole before it"
+            raise ManifestError(
+                f"{what}: tensor {tensor.name!r} at {tensor.begin} {fault} (expected {position}); the header is damaged"
+            )
+        position = tensor.end
+    if len(raw) + position != file_bytes:
+        raise ManifestError(
+            f"{what}: header and tensors need {len(raw) + position} bytes, the file has {file_bytes}; "
+            "it is truncated or has trailing bytes, download it again"
+        )
+    return Header(raw=raw, tensors=tuple(tensors), metadata=metadata, file_bytes=file_bytes)
+
+
+def encode_header(
+    tensors: Sequence[HeaderTensor], *, metadata: Mapping[str, str] | None = None, align: int = 1
+) -> bytes:
+    """Write the bytes up to the payload.
+
+    Args:
+        tensors: Entries in file order; their ranges are taken as given.
+        metadata: The ``__metadata__`` map; ``{"format": "pt"}`` when not given.
+        align: The payload starts at a multiple of this; the gap is filled with spaces inside the JSON's length.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(metadata) if metadata is not None else {"format": "pt"}}
+    for tensor in tensors:
+        document[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.begin, tensor.end],
+        }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(LENGTH_BYTES + len(text)) % align)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _json_length(prefix: bytes, file_bytes: int, what: object) -> int:
+    if len(prefix) < LENGTH_BYTES:
+        raise ManifestError(f"{what}: shorter than {LENGTH_BYTES} bytes; not a safetensors file")
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > MAX_HEADER_BYTES:
+        raise ManifestError(f"{what}: header of {length} bytes is over the limit of {MAX_HEADER_BYTES}")
+    if LENGTH_BYTES + length > file_bytes:
+        raise ManifestError(
+            f"{what}: header of {length} bytes is longer than the file of {file_bytes}; it is truncated"
+        )
+    return length
+
+
+def _parse_metadata(metadata: Any, what: str) -> Mapping[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ManifestError(f"{what}: __metadata__ must map strings to strings")
+    return metadata
+
+
+def _is_count(value: Any) -> bool:
+    """True for a number that can be a size or an offset; bool is an int in Python and refused."""
+    return type(value) is int and 0 <= value <= MAX_FILE_BYTES
+
+
+def _parse_entry(name: str, entry: Any, what: str) -> HeaderTensor:
+    if not name or len(name) > MAX_NAME_CHARS:
+        raise ManifestError(f"{what}: a tensor name of {len(name)} characters; names have 1 to {MAX_NAME_CHARS}")
+    where = f"{what}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ManifestError(f"{where}: must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise ManifestError(f"{where}: dtype {dtype!r:.80} is not one that safetensors defines")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(_is_count(size) for size in shape):
+        raise ManifestError(f"{where}: shape must be a list of whole numbers from 0")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise ManifestError(f"{where}: data_offsets must be two whole numbers from 0")
+    begin, end = offsets
+    if (end - begin) * 8 != bits * prod(shape):
+        raise ManifestError(f"{where}: {dtype} {shape} does not fill the {end - begin} bytes of its data_offsets")
+    return HeaderTensor(name=name, dtype=dtype, shape=tuple(shape), begin=begin, end=end)

@@ -1,0 +1,340 @@
+"""Any checkpoint as tensors with locations: a resharded folder, a plain folder of shards, one file.
+
+A plain checkpoint is described in place: the same `Manifest` type, made from headers. So whoever reads tensors
+needs one kind of description, wherever the bytes lie. Opening reads headers or the manifest, never a tensor.
+"""
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from manifests.errors import ManifestError, Problem, SourceNotFoundError
+from manifests.header import Header, read_header
+from manifests.jsontext import read_json
+from manifests.names import Role, TensorName, expert_prefix, find_missing_scales, parse_name
+from manifests.paths import INDEX_NAME, MANIFEST_NAME, Kind
+from manifests.safety import check_relative, resolve_inside
+from manifests.schema import FileEntry, Manifest, ModelFacts, TensorEntry
+from manifests.storage import load
+
+CONFIG_NAME = "config.json"
+SUFFIX = ".safetensors"
+MAX_CONFIG_BYTES = 10_000_000
+MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """One tensor and where its bytes lie.
+
+    Attributes:
+        name: Tensor name.
+        path: Absolute path of the file.
+        file: The file's path relative to the checkpoint.
+        offset: First byte in the file.
+        size: Bytes.
+        dtype: safetensors tag.
+        shape: Stored shape.
+    """
+
+    name: str
+    path: Path
+    file: str
+    offset: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorView:
+    """A tensor's bytes without torch: dtype tag, shape, and the mapped bytes as a read-only memoryview."""
+
+    __slots__ = ("_mapping", "location")
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self._mapping: mmap.mmap | None = None
+
+    def __repr__(self) -> str:
+        return f"TensorView({self.location.name!r}, {self.dtype}, {list(self.shape)})"
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors tag, such as ``F8_E4M3``."""
+        return self.location.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored shape."""
+        return self.location.shape
+
+    @property
+    def data(self) -> memoryview:
+        """The raw bytes, mapped from the file on first use and read from disk page by page as they are touched."""
+        if self.location.size == 0:
+            return memoryview(b"")
+        if self._mapping is None:
+            with self.location.path.open("rb") as file:
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._mapping)[self.location.offset : self.location.offset + self.location.size]
+
+
+class Checkpoint:
+    """A checkpoint that was opened: its manifest, its config, and the way to each tensor."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def is_resharded(self) -> bool:
+        """Whether the folder is one that `reshard` wrote."""
+        return self.manifest.layout == "resharded"
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; empty when the checkpoint has none.
+
+        Raises:
+            ManifestError: It is not a JSON object.
+        """
+        return read_config(self.root)
+
+    def tensors(self) -> Iterator[Location]:
+        """All tensors in the order of files and offsets."""
+        for file, tensor in self._entries.values():
+            yield self._location(file, tensor)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def find(self, name: str) -> Location | None:
+        """The tensor of this name, or None.
+
+        Raises:
+            ManifestError: Its file's path leaves the checkpoint.
+            SourceNotFoundError: Its file is gone.
+        """
+        found = self._entries.get(name)
+        return None if found is None else self._location(*found)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have tensors here, MTP layers included."""
+        return tuple(sorted({name.layer for name in self._names if name.layer is not None}))
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """Numbers of the routed experts of one layer."""
+        return tuple(sorted({n.expert for n in self._names if n.layer == layer and n.expert is not None}))
+
+    def expert(self, layer: int, expert: int) -> dict[str, TensorView]:
+        """One routed expert as torch-free views by short name: ``gate_proj.weight`` and so on.
+
+        Raises:
+            SourceNotFoundError: The checkpoint has no such expert.
+        """
+        prefix = expert_prefix(layer, expert)
+        found = [name for name in self._names if name.layer == layer and name.expert == expert]
+        if not found:
+            raise SourceNotFoundError(f"{self.root}: has no expert {expert} in layer {layer}")
+        return {name.text.removeprefix(prefix): self._view(name.text) for name in found}
+
+    def dense(self, layer: int) -> dict[str, TensorView]:
+        """One layer's tensors without its routed experts, by name within the layer."""
+        prefix = f"model.layers.{layer}."
+        found = [name for name in self._names if name.layer == layer and name.role is not Role.ROUTED_EXPERT]
+        if not found:
+            raise SourceNotFoundError(f"{self.root}: has no layer {layer}")
+        return {name.text.removeprefix(prefix): self._view(name.text) for name in found}
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[FileEntry, TensorEntry]]:
+        return {tensor.name: (file, tensor) for file in self.manifest.files for tensor in file.tensors}
+
+    @cached_property
+    def _names(self) -> list[TensorName]:
+        return [parse_name(name) for name in self._entries]
+
+    def missing_scales(self) -> list[str]:
+        """Names of FP8 weights without their block scales; see `manifests.names.find_missing_scales`."""
+        return find_missing_scales((name, tensor.dtype) for name, (_, tensor) in self._entries.items())
+
+    def _location(self, file: FileEntry, tensor: TensorEntry) -> Location:
+        path = self._paths.get(file.path)
+        if path is None:
+            # Links are followed once for each file, not for each of its tensors.
+            path = self._paths[file.path] = resolve_inside(self.root, file.path)
+        return Location(
+            name=tensor.name,
+            path=path,
+            file=file.path,
+            offset=tensor.offset,
+            size=tensor.size,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+        )
+
+    def _view(self, name: str) -> TensorView:
+        return TensorView(self._location(*self._entries[name]))
+
+
+def open(path: str | Path) -> Checkpoint:
+    """Open a resharded checkpoint, a plain checkpoint folder, or one ``.safetensors`` file.
+
+    Raises:
+        SourceNotFoundError: Nothing of the kind is there, or a shard is missing.
+        ManifestError: The manifest, the index or a header is invalid, or they contradict each other.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != SUFFIX:
+            raise SourceNotFoundError(f"{path}: not a {SUFFIX} file and not a folder")
+        return Checkpoint(path.parent, _in_place({path.name: read_header(path)}, ModelFacts()))
+    if not path.is_dir():
+        raise SourceNotFoundError(f"{path}: no such file or folder")
+    if (path / MANIFEST_NAME).exists():
+        return Checkpoint(path, load(path))
+    shards = read_shards(path)
+    return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
+
+
+def read_shards(root: Path) -> dict[str, Header]:
+    """The headers of a plain checkpoint's shards, by relative path in source order, checked against its index.
+
+    Source order is the numeric order of names: Kimi-K2's ``model-2-of-61`` stands before ``model-10-of-61``.
+
+    Raises:
+        SourceNotFoundError: No checkpoint here, or shards of the index are missing.
+        ManifestError: Index and shards contradict each other, or one of them is invalid.
+    """
+    weight_map = _read_weight_map(root)
+    if weight_map is None:
+        names = sorted(entry.name for entry in root.iterdir() if entry.suffix == SUFFIX and entry.is_file())
+        if not names:
+            raise SourceNotFoundError(f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} file here")
+        if len(names) > 1:
+            raise SourceNotFoundError(
+                f"{root}: {len(names)} {SUFFIX} files but no {INDEX_NAME}; download the index, or name one file"
+            )
+        return {names[0]: read_header(resolve_inside(root, names[0]))}
+    names = sorted(set(weight_map.values()), key=_numeric_order)
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise SourceNotFoundError(
+            f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them"
+        )
+    shards = {name: read_header(resolve_inside(root, name)) for name in names}
+    _check_index(root, weight_map, shards)
+    return shards
+
+
+def read_config(root: Path) -> Mapping[str, Any]:
+    """config.json of a folder; empty when it has none.
+
+    Raises:
+        ManifestError: It is not a JSON object.
+    """
+    if not (root / CONFIG_NAME).exists():
+        return {}
+    path = resolve_inside(root, CONFIG_NAME)
+    config = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise ManifestError(f"{path}: must be a JSON object")
+    return config
+
+
+def model_facts(config: Mapping[str, Any]) -> ModelFacts:
+    """The values that counting needs; what is absent or no whole number is None."""
+
+    def count(key: str) -> int | None:
+        value = config.get(key)
+        return value if type(value) is int and value >= 0 else None
+
+    model_type = config.get("model_type")
+    return ModelFacts(
+        model_type=model_type if isinstance(model_type, str) and 0 < len(model_type) <= 100 else None,
+        num_hidden_layers=count("num_hidden_layers"),
+        n_routed_experts=count("n_routed_experts"),
+        num_experts_per_tok=count("num_experts_per_tok"),
+    )
+
+
+def _in_place(shards: Mapping[str, Header], facts: ModelFacts) -> Manifest:
+    return Manifest(
+        layout="in_place",
+        model=facts,
+        files=tuple(_describe_shard(name, header) for name, header in shards.items()),
+    )
+
+
+def _describe_shard(name: str, header: Header) -> FileEntry:
+    start = len(header.raw)
+    return FileEntry(
+        path=name,
+        kind=Kind.SHARD,
+        size=header.file_bytes,
+        unpacked_size=header.file_bytes,
+        header_size=start,
+        header_sha256=None,
+        digest=None,
+        tensors=tuple(
+            TensorEntry(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                offset=start + tensor.begin,
+                size=tensor.end - tensor.begin,
+                digest=None,
+                logical_shape=tensor.shape,
+                source_name=tensor.name,
+            )
+            for tensor in header.tensors
+        ),
+    )
+
+
+def _read_weight_map(root: Path) -> dict[str, str] | None:
+    if not (root / INDEX_NAME).exists():
+        return None
+    path = resolve_inside(root, INDEX_NAME)
+    index = read_json(path, max_bytes=MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ManifestError(f"{path}: has no weight_map of tensor names to shards")
+    for shard in set(map(str, weight_map.values())):
+        check_relative(shard, what=str(path))
+        if not shard.endswith(SUFFIX):
+            raise ManifestError(f"{path}: {shard!r:.200} in weight_map is not a {SUFFIX} file")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ManifestError(f"{path}: weight_map must map names to file names")
+    return weight_map
+
+
+def _check_index(root: Path, weight_map: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+    problems = []
+    names = {shard: {tensor.name for tensor in header.tensors} for shard, header in shards.items()}
+    for name, shard in weight_map.items():
+        if name not in names[shard]:
+            problems.append(f"the index says {name!r:.200} is in {shard}, which does not have it")
+    for shard, found in names.items():
+        for name in found:
+            if name not in weight_map:
+                problems.append(f"{shard} has {name!r:.200}, which the index does not name")
+            elif weight_map[name] != shard:
+                problems.append(f"{shard} has {name!r:.200}, which the index says is in {weight_map[name]}")
+    if problems:
+        problems.sort()
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise ManifestError(
+            f"{root}: {problems[0]}{more}; index and shards are not of one checkpoint",
+            [Problem(loc="weight_map", kind="inconsistent", message=problem) for problem in problems],
+        )
+
+
+def _numeric_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]

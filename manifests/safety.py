@@ -1,0 +1,61 @@
+"""Which relative paths may be followed below a folder. Everything that a file says about a path passes here."""
+
+import os
+from pathlib import Path, PureWindowsPath
+
+from manifests.errors import ManifestError, SourceNotFoundError
+
+
+def check_relative(path: str, *, what: str) -> str:
+    """Return path if it is a plain relative path with forward slashes that stays below its folder.
+
+    Refused on every system alike, so that a file is as safe to move as to read: empty parts, ``.``, ``..``,
+    absolute paths, drive letters, backslashes, colons, control characters.
+
+    Raises:
+        ManifestError: With what, the path and the reason.
+    """
+    reason = relative_fault(path)
+    if reason:
+        raise ManifestError(f"{what}: path {path!r:.200} {reason}; refused")
+    return path
+
+
+def relative_fault(path: str) -> str | None:
+    """Why path is not a plain relative path, or None when it is."""
+    if not path or len(path) > 1024:
+        return "is empty or too long"
+    if "\\" in path or ":" in path or not path.isprintable():
+        return "has a backslash, a colon or a control character"
+    windows = PureWindowsPath(path)
+    if path.startswith("/") or windows.is_absolute() or windows.drive:
+        return "is absolute"
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        return "has an empty, '.' or '..' part"
+    return None
+
+
+def resolve_inside(root: Path, relative: str) -> Path:
+    """The absolute path of a file below root, symlinks followed only where they stay inside.
+
+    A link may also lead into the hub cache's own blobs, which is how downloaded checkpoints look:
+    ``models--org--name/snapshots/REVISION/file -> ../../blobs/HASH``.
+
+    Raises:
+        ManifestError: relative is unsafe, or a link leads elsewhere.
+        SourceNotFoundError: There is no such file.
+    """
+    check_relative(relative, what=str(root))
+    path = root / relative
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        real_root = Path(os.path.realpath(root, strict=True))
+    except OSError as error:
+        raise SourceNotFoundError(f"{path}: no such file") from error
+    if real.is_relative_to(real_root) or real.parent == _hub_blobs(real_root):
+        return path
+    raise ManifestError(f"{path}: a link that leaves the folder, to {real}; copy the file there instead")
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    return root.parent.parent / "blobs" if root.parent.name == "snapshots" else None

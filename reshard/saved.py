@@ -1,0 +1,73 @@
+"""What a resharded checkpoint keeps of its source beyond payload: headers and index, unpacked and proven."""
+
+from collections.abc import Mapping
+
+from manifests.digest import sha256_hex
+from manifests.errors import IncompleteError, IntegrityError, ManifestError
+from manifests.header import Header, parse_header
+from manifests.inventory import Checkpoint
+from manifests.safety import resolve_inside
+from manifests.schema import Document, Source
+from reshard.archive import unpack
+
+
+def require_source(checkpoint: Checkpoint) -> Source:
+    """The manifest's source.
+
+    Raises:
+        ManifestError: These are original files, which nothing was made from.
+    """
+    if checkpoint.manifest.source is None:
+        raise ManifestError(f"{checkpoint.root}: is not a resharded checkpoint")
+    return checkpoint.manifest.source
+
+
+def read_document(checkpoint: Checkpoint, document: Document) -> bytes:
+    """A document's content, unpacked and checked by sha256.
+
+    Raises:
+        IntegrityError: Its bytes are not those that the manifest describes.
+    """
+    path = resolve_inside(checkpoint.root, document.path)
+    if path.stat().st_size != document.size:
+        raise IntegrityError(f"{path}: has {path.stat().st_size} bytes, the manifest says {document.size}")
+    stored = path.read_bytes()
+    if sha256_hex(stored) != document.sha256:
+        raise IntegrityError(f"{path}: its sha256 is not the one in the manifest; it is damaged")
+    if document.codec == "none":
+        return stored
+    content = unpack(stored, size=document.content_size, what=str(path))
+    if sha256_hex(content) != document.content_sha256:
+        raise IntegrityError(f"{path}: its content's sha256 is not the one in the manifest")
+    return content
+
+
+def read_saved_headers(checkpoint: Checkpoint) -> Mapping[str, Header]:
+    """The original headers by shard name, in source order.
+
+    Raises:
+        IncompleteError: A tensor of a header is not here, because only a part was resharded.
+        IntegrityError: A saved header is damaged.
+        ManifestError: A saved header is no header, or disagrees with the manifest.
+    """
+    source = require_source(checkpoint)
+    documents = {document.path: document for document in checkpoint.manifest.documents}
+    headers = {}
+    for shard in source.shards:
+        raw = read_document(checkpoint, documents[shard.header])
+        headers[shard.name] = parse_header(raw, file_bytes=shard.size, what=f"saved header of {shard.name}")
+    entries = {tensor.source_name: tensor for file in checkpoint.manifest.files for tensor in file.tensors}
+    absent = []
+    for shard_name, header in headers.items():
+        for tensor in header.tensors:
+            entry = entries.get(tensor.name)
+            if entry is None:
+                absent.append(tensor.name)
+            elif entry.size != tensor.end - tensor.begin:
+                raise ManifestError(f"{shard_name}: tensor {tensor.name!r} has another size than in the manifest")
+    if absent:
+        raise IncompleteError(
+            f"{checkpoint.root}: {len(absent)} tensors of the source are not here (first {absent[0]!r}): "
+            "only a part was resharded; reshard the rest from the source to restore it"
+        )
+    return headers

@@ -1,0 +1,59 @@
+"""Run independent jobs on threads, stop all of them at the first failure or Ctrl-C.
+
+Reading, writing and hashing release the interpreter's lock, so threads are enough.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+DEFAULT_JOBS = min(4, os.cpu_count() or 1)
+
+
+class StoppedError(Exception):
+    """Raised inside a worker when another one failed; never leaves `run_all`."""
+
+
+class StopFlag:
+    """What the workers of one `run_all` ask between blocks."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask all workers to stop."""
+        self._event.set()
+
+    def check(self) -> None:
+        """End this worker if it was asked to stop."""
+        if self._event.is_set():
+            raise StoppedError
+
+
+def run_all(work: Callable[[Job, StopFlag], Result], jobs: Iterable[Job], *, workers: int) -> list[Result]:
+    """Run ``work(job, stop)`` for every job; return the results in the order of the jobs.
+
+    The first exception, or Ctrl-C, stops the other workers at their next block and is raised when all have ended.
+    """
+    stop = StopFlag()
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        futures = [pool.submit(work, job, stop) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Reached with work left only after a failure or an interrupt.
+            if not all(future.done() and not future.exception() for future in futures):
+                stop.set()
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+    failures = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    for error in failures:
+        if not isinstance(error, StoppedError):
+            raise error
+    return [future.result() for future in futures]

@@ -1,0 +1,36 @@
+"""Run DeepSeek-style mixture-of-experts checkpoints on machines whose memory is smaller than the model.
+
+    >>> import runner
+    >>> model = runner.load()                         # the embedded demo; or the folder of a checkpoint
+    >>> print(model.generate("def ", max_tokens=32))
+    >>> logits = model.logits([0, 17, 4])             # [3, V] float32
+
+Importing this package imports no torch; `load` does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.loaded import LoadedModel
+
+__all__ = ["load"]
+
+
+def load(path: str | Path | None = None, *, ctx: int | None = None) -> LoadedModel:
+    """Open a checkpoint for running. Weights are mapped when they are first used.
+
+    Args:
+        path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
+        ctx: The most positions that a text may have; the model's own limit when not given.
+
+    Raises:
+        SourceNotFoundError: There is no checkpoint.
+        ManifestError: It is damaged.
+        UnsupportedModelError: It asks for something that is not implemented.
+    """
+    from runner.loaded import LoadedModel
+
+    return LoadedModel(path, ctx=ctx)

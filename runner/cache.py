@@ -1,0 +1,83 @@
+"""The latent KV cache: what attention keeps of every earlier token. Token positions and layers; no weights.
+
+One token of one layer is ``kv_lora_rank`` normalised latents plus ``qk_rope_head_dim`` rotated key numbers
+shared by all heads: 576 numbers for DeepSeek-V3, where plain keys and values would be 40,960.
+
+Shapes: T new tokens, S tokens in the cache, C latent (kv_lora_rank), R rotary part (qk_rope_head_dim).
+"""
+
+import torch
+from torch import Tensor
+
+from manifests.errors import ResourceError
+from runner.config import ModelConfig
+
+_FIRST_POSITIONS = 256
+
+
+class LatentCache:
+    """Latents and rotary keys of one text, float32, for every layer of the main model.
+
+    Memory grows by doubling as the text does, up to ``ctx`` positions.
+
+    Args:
+        config: The model.
+        ctx: The most positions it may hold.
+
+    Attributes:
+        ctx: As given.
+        length: Positions held by every layer.
+    """
+
+    def __init__(self, config: ModelConfig, ctx: int) -> None:
+        self.ctx = ctx
+        self.length = 0
+        layers = range(config.num_hidden_layers)
+        self._c = [torch.empty(0, config.kv_lora_rank) for _ in layers]
+        self._k_pe = [torch.empty(0, config.qk_rope_head_dim) for _ in layers]
+
+    def check_room(self, count: int) -> None:
+        """Refuse to take more positions than there are.
+
+        Raises:
+            ResourceError: ``count`` more positions do not fit.
+        """
+        if self.length + count > self.ctx:
+            raise ResourceError(
+                f"the text needs {self.length + count} positions, but the context holds {self.ctx}; "
+                "shorten it or give a larger --ctx"
+            )
+
+    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """Put T new positions of one layer behind those it holds; ``advance`` makes them count.
+
+        Returns:
+            c [S, C] and k_pe [S, R], float32 views with the new positions last, S = length + T.
+
+        Raises:
+            ResourceError: They do not fit.
+        """
+        count = c_TC.shape[0]
+        self.check_room(count)
+        end = self.length + count
+        for rows, new in ((self._c, c_TC), (self._k_pe, k_pe_TR)):
+            if rows[layer].shape[0] < end:
+                rows[layer] = self._grown(rows[layer], end)
+            rows[layer][self.length : end] = new
+        return self._c[layer][:end], self._k_pe[layer][:end]
+
+    def advance(self, count: int) -> None:
+        """Count the positions that every layer has written. A pass that failed midway never gets here."""
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on; memory is kept for the next ones."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
+        self.length = length
+
+    def _grown(self, rows: Tensor, needed: int) -> Tensor:
+        capacity = min(self.ctx, max(needed, 2 * rows.shape[0], _FIRST_POSITIONS))
+        grown = rows.new_empty(capacity, rows.shape[1])
+        grown[: self.length] = rows[: self.length]
+        return grown

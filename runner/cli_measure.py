@@ -1,0 +1,191 @@
+"""`runner logits` and `runner eval`: what a model says about a text that is already there.
+
+Arguments in, numbers out. Torch is imported inside the commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from manifests.console import format_bytes, format_seconds, json_option, print_json, printable, quiet_option
+from manifests.errors import SourceNotFoundError, ToolkitError
+from runner.cli_options import compute_options, model_option, note, read_text, set_threads, threads_option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from runner.loaded import LoadedModel
+
+EVAL_CTX = 512
+"""Window of `eval` when nobody says: what others use too, so that figures can be compared."""
+
+TOP = 5
+"""Next tokens that `logits` prints."""
+
+
+@click.command()
+@model_option
+@click.option("-p", "--prompt", metavar="TEXT", help="The text to read.")
+@click.option("--ids", metavar="N,N,...", help="Token ids to read, exactly these: no token is put before them.")
+@click.option("--out", type=click.Path(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What activations are rounded to before each product.",
+)
+@compute_options
+@json_option
+@quiet_option
+def logits(
+    model: str | None,
+    prompt: str | None,
+    ids: str | None,
+    out: str | None,
+    dtype: str,
+    ctx: int | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read a text and give the logits after every position; print the most likely next tokens.
+
+    \b
+    Example:
+      runner logits -p "import nump"
+      runner logits -m DeepSeek-V3-experts --ids 0,671,2 --out logits.safetensors
+
+    The file holds `ids` (int64 [T]) and `logits` (float32 [T, vocabulary]).
+    """
+    if (prompt is None) == (ids is None):
+        raise click.UsageError("give either -p TEXT or --ids N,N,...")
+    wanted = [] if ids is None else _parse_ids(ids)
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise SourceNotFoundError(f"{Path(out).absolute().parent}: no such folder to write {Path(out).name} to")
+    import torch
+
+    from runner.loaded import LoadedModel
+
+    set_threads(threads)
+    loaded = LoadedModel(model, ctx=ctx, dtype=getattr(torch, dtype))
+    read = wanted if prompt is None else loaded.text.encode(prompt)
+    logits_TV = loaded.logits(read)
+    if out is not None:
+        _save({"ids": torch.tensor(read), "logits": logits_TV}, Path(out))
+        note(f"wrote {out}: ids [{len(read)}], logits {list(logits_TV.shape)}", quiet=quiet)
+    last_V = logits_TV[-1]
+    probability, best = last_V.double().softmax(0).topk(min(TOP, len(last_V)))
+    top = [
+        {"id": token, "token": _token_text(loaded, token), "logit": float(last_V[token]), "probability": share}
+        for token, share in zip(best.tolist(), probability.tolist(), strict=True)
+    ]
+    if as_json:
+        document = {"ids": read, "vocab_size": len(last_V), "dtype": dtype, "top": top, "out": out}
+        print_json(document)
+        return
+    for row in top:
+        shown = "" if row["token"] is None else repr(row["token"])
+        click.echo(f"{row['id']:>7}  {row['probability']:8.3%}  {row['logit']:9.4f}  {shown}".rstrip())
+
+
+@click.command("eval")
+@model_option
+@click.option("-f", "--file", "files", multiple=True, required=True, metavar="FILE", help="A text; may be repeated.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(min=2),
+    default=EVAL_CTX,
+    show_default=True,
+    metavar="N",
+    help="Tokens in a window; windows overlap by one token.",
+)
+@threads_option
+@json_option
+@quiet_option
+def eval_command(
+    model: str | None, files: tuple[str, ...], ctx: int, threads: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Measure how well a model predicts texts: perplexity, and bits per byte.
+
+    \b
+    Example:
+      runner eval -f setup.py
+      runner eval -m DeepSeek-V3-experts -f one.txt -f two.txt --ctx 4096 --json
+
+    Every token after the first is predicted exactly once. Each file is a text of its own.
+    """
+    texts = {path: read_text(path) for path in files}
+    from tqdm import tqdm
+
+    from runner.evaluate import Evaluation, evaluate, total
+    from runner.loaded import LoadedModel
+
+    set_threads(threads)
+    loaded = LoadedModel(model, ctx=ctx)
+    ids = {path: loaded.text.encode(text) for path, text in texts.items()}
+    begin = time.perf_counter()
+    found: dict[str, Evaluation] = {}
+    tokens = sum(max(0, len(one) - 1) for one in ids.values())
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=tokens, unit="token", leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+        for path, text in texts.items():
+            if not text:
+                raise ToolkitError(f"{path}: empty; there is nothing to predict")
+            found[path] = evaluate(
+                loaded.model, ids[path], ctx=ctx, text_bytes=len(text.encode("utf-8")), on_tokens=bar.update
+            )
+    seconds = time.perf_counter() - begin
+    whole = total(found.values())
+    files_mapped, bytes_mapped = loaded.weights.mapped_files, loaded.weights.mapped_bytes
+    if as_json:
+        print_json(
+            whole.to_document()
+            | {
+                "ctx": ctx,
+                "seconds": seconds,
+                "mapped_files": files_mapped,
+                "mapped_bytes": bytes_mapped,
+                "files": [{"file": path} | one.to_document() for path, one in found.items()],
+            }
+        )
+    else:
+        for path, one in found.items():
+            click.echo(f"{printable(path)}: {one}")
+        if len(found) > 1:
+            click.echo(f"all: {whole}")
+    speed = f"{tokens} tokens in {format_seconds(seconds)} ({tokens / seconds:.3g} tokens/s)"
+    note(f"{speed}; mapped {files_mapped} files, {format_bytes(bytes_mapped)}", quiet=quiet)
+
+
+def _parse_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise click.UsageError(f"--ids takes whole numbers from 0 with commas between them, not {text!r:.80}")
+    return [int(part) for part in parts]
+
+
+def _token_text(loaded: LoadedModel, token: int) -> str | None:
+    """What a token spells; None when the checkpoint has no tokenizer, which ids do without."""
+    try:
+        return loaded.text.decode([token], control_tokens=True)
+    except SourceNotFoundError:
+        return None
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file whole or not at all."""
+    from safetensors.torch import save_file
+
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,132 @@
+"""What several commands share: their options, the text that they read, and how they talk beside their data.
+
+Knows click and plain text. It must not import torch: `--help` of every command passes here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from manifests.errors import SourceNotFoundError, ToolkitError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STDIN = "-"
+
+
+def model_option(function: F) -> F:
+    """``-m``: the checkpoint to run."""
+    return click.option(
+        "-m",
+        "--model",
+        metavar="PATH",
+        help="A resharded checkpoint or a downloaded checkpoint folder. Without it, the embedded demo model.",
+    )(function)
+
+
+def threads_option(function: F) -> F:
+    """``--threads``."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with. Default: PyTorch's choice."
+    )(function)
+
+
+def compute_options(function: F) -> F:
+    """``--ctx`` and ``--threads``."""
+    return click.option(
+        "--ctx",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="The most tokens that text and answer may have together. Default: the model's own limit.",
+    )(threads_option(function))
+
+
+def sampling_options(function: F) -> F:
+    """How tokens are chosen; every default is the model's own."""
+    for option in reversed(
+        (
+            click.option(
+                "--temp",
+                "--temperature",
+                "temperature",
+                type=click.FloatRange(min=0),
+                metavar="T",
+                help="Divides the logits; 0 always takes the most likely token.",
+            ),
+            click.option(
+                "--top-k", type=click.IntRange(min=0), metavar="K", help="Keep the K most likely tokens; 0 keeps all."
+            ),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(min=0, max=1, min_open=True),
+                metavar="P",
+                help="Keep the most likely tokens that together reach this share; 1 keeps all.",
+            ),
+            click.option(
+                "--min-p",
+                type=click.FloatRange(min=0, max=1),
+                metavar="P",
+                help="Keep tokens at least this many times as likely as the most likely; 0 keeps all.",
+            ),
+            click.option("--seed", type=int, metavar="N", help="The same seed gives the same text. Default: 0."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def set_threads(threads: int | None) -> None:
+    """Apply ``--threads``."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def note(text: str, *, quiet: bool) -> None:
+    """A remark beside the data."""
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def note_idle_sampling(temperature: float, given: dict[str, Any], *, quiet: bool) -> None:
+    """Say which sampling options do nothing at temperature 0."""
+    used = [name for name, value in given.items() if value is not None and name != "temperature"]
+    if temperature == 0 and used:
+        idle = " and ".join("--" + name.replace("_", "-") for name in used)
+        verb = "does" if len(used) == 1 else "do"
+        note(f"note: the temperature is 0, so {idle} {verb} nothing; give --temp to sample", quiet=quiet)
+
+
+def read_text(path: str) -> str:
+    """The whole text of a file, or of stdin for ``-``, exactly as it is.
+
+    Raises:
+        SourceNotFoundError: There is no such file.
+        ToolkitError: It cannot be read, or is not UTF-8.
+    """
+    name = "stdin" if path == STDIN else path
+    try:
+        raw = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ToolkitError(f"{path}: cannot be read: {error.strerror}") from error
+    return decode_utf8(raw, name)
+
+
+def decode_utf8(raw: bytes, name: str) -> str:
+    """Decode strictly.
+
+    Raises:
+        ToolkitError: It is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ToolkitError(f"{name}: not UTF-8 at byte {error.start}; convert it first") from error

@@ -1,0 +1,72 @@
+"""Token streams for training and evaluation: the corpus, tokenized once, cut into windows.
+
+It knows text, token ids and bytes; it must not know the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from runner.demo.tokenizer import BOS_ID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """Texts one after the other as token ids, each after a BOS.
+
+    Attributes:
+        ids: [tokens] int64.
+        text_bytes: UTF-8 bytes of the texts, the base of bits per byte.
+        line_starts: Positions in `ids` at which a line begins, ascending.
+    """
+
+    ids: Tensor
+    text_bytes: int
+    line_starts: Tensor
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Stream:
+    """Encode the texts into one stream."""
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids.append(BOS_ID)
+        ids.extend(encoding.ids)
+    stream = torch.tensor(ids)
+    vocabulary = range(tokenizer.get_vocab_size())
+    ends_line = torch.tensor([token == BOS_ID or tokenizer.decode([token]).endswith("\n") for token in vocabulary])
+    return Stream(
+        ids=stream,
+        text_bytes=sum(len(text.encode()) for text in texts),
+        line_starts=torch.nonzero(ends_line[stream[:-1]]).flatten() + 1,
+    )
+
+
+def windows(stream: Stream, starts: Tensor, length: int) -> Tensor:
+    """A BOS and `length` + 1 tokens from each of `starts` [B] -> [B, length + 2]."""
+    positions = starts.unsqueeze(1) + torch.arange(-1, length + 1)
+    batch = stream.ids[positions]
+    batch[:, 0] = BOS_ID
+    return batch
+
+
+def training_starts(stream: Stream, length: int, generator: torch.Generator) -> Iterator[int]:
+    """Yield window starts for ever: every epoch covers the stream once, in a new order and with a new offset.
+
+    A start is moved to the next line: prompts begin at a line, after a BOS, and so must what the model learns from.
+    """
+    last = len(stream.ids) - length - 1
+    while True:
+        offset = 1 + int(torch.randint(0, length, (1,), generator=generator))
+        starts = torch.arange(offset, last, length)
+        starts = stream.line_starts[torch.searchsorted(stream.line_starts, starts)].clamp(max=last)
+        yield from starts[torch.randperm(len(starts), generator=generator)].tolist()
+
+
+def evaluation_starts(stream: Stream, length: int) -> Tensor:
+    """Starts of windows that lie end to end over the whole stream: every token but a last rest is predicted once."""
+    return torch.arange(1, len(stream.ids) - length, length)

@@ -1,0 +1,297 @@
+"""What is here and what is missing: packages, machine, and whether a checkpoint can be run.
+
+Every check is made even if an earlier one failed, as far as it can be. Only descriptions are read, never a tensor.
+This file must not print. It imports torch, and what needs torch, only after having found it installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import manifests
+from manifests.check import check_files
+from manifests.console import format_bytes
+from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
+from runner import machine
+from runner.config import ModelConfig
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
+"""What `generate` and `chat` cannot do without, besides what runs this command."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known of a checkpoint; None where it could not be found out.
+
+    Attributes:
+        path: Its folder.
+        embedded: Whether it is the demo model of this package.
+        layout: ``resharded``, or ``in_place`` for original files.
+        model_type: As in config.json.
+        files: Files with tensors.
+        file_bytes: Their bytes.
+        vocab_size: Rows of the embedding.
+        tokenizer_ids: Ids that have a text.
+        eos_ids: Ids that end a text.
+        chat_template: Whether there is one.
+        thinking: Whether the template has that switch.
+        sampling: How the model samples when nothing is said.
+    """
+
+    path: str
+    embedded: bool
+    layout: str | None = None
+    model_type: str | None = None
+    files: int | None = None
+    file_bytes: int | None = None
+    vocab_size: int | None = None
+    tokenizer_ids: int | None = None
+    eos_ids: tuple[int, ...] | None = None
+    chat_template: bool | None = None
+    thinking: bool | None = None
+    sampling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that keeps the model from running: what it concerns, a sentence, the exit code that fits it."""
+
+    topic: str
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that was found out.
+
+    Attributes:
+        machine: Processor and memory.
+        packages: Version by package; None for one that is missing.
+        threads: Threads that torch computes with; None without torch.
+        model: The checkpoint.
+        problems: In the order of the checks; empty when it can run.
+        notes: What works but may surprise.
+    """
+
+    machine: machine.Machine
+    packages: dict[str, str | None]
+    threads: int | None
+    model: ModelFacts
+    problems: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the model can run, else that of the first problem."""
+        return self.problems[0].exit_code if self.problems else 0
+
+    def to_document(self) -> dict[str, Any]:
+        """For ``--json``; the keys are a promise."""
+        return {
+            "can_run": not self.problems,
+            "exit_code": self.exit_code,
+            "machine": dataclasses.asdict(self.machine) | {"threads": self.threads},
+            "packages": self.packages,
+            "model": dataclasses.asdict(self.model),
+            "problems": [dataclasses.asdict(problem) for problem in self.problems],
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        here, model = self.machine, self.model
+        threads = "" if self.threads is None else f", PyTorch computes with {self.threads} threads"
+        yield f"machine    {here.system}, {here.cpu or 'unknown processor'}, {here.cores} cores{threads}"
+        yield f"features   {' '.join(here.features) or 'none that matter here'}"
+        yield f"memory     {_size(here.memory_bytes)}, {_size(here.available_bytes)} available"
+        yield "packages   " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in self.packages.items())
+        yield f"model      {model.path}" + (" (embedded)" if model.embedded else "")
+        if model.files is not None and model.file_bytes is not None:
+            layout = "resharded" if model.layout == "resharded" else "original files"
+            size = format_bytes(model.file_bytes)
+            yield f"           {model.model_type or 'unknown type'}, {layout}, {model.files} files, {size}"
+        if model.tokenizer_ids is not None:
+            template = "with a thinking switch" if model.thinking else "yes" if model.chat_template else "none"
+            yield f"tokenizer  {model.tokenizer_ids} ids, chat template: {template}"
+        if model.sampling is not None:
+            greedy = model.sampling["temperature"] == 0
+            values = ", ".join(f"{name} {value}" for name, value in model.sampling.items())
+            yield f"sampling   {'always the most likely token' if greedy else values}"
+        for problem in self.problems:
+            yield f"PROBLEM    {problem.topic}: {problem.message}"
+        for note in self.notes:
+            yield f"note       {note}"
+        yield f"can run    {'no' if self.problems else 'yes'}"
+
+
+def examine(path: str | Path | None) -> Report:
+    """Check this machine and a checkpoint; None is the embedded demo model."""
+    found = _Findings()
+    packages: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        packages[name] = _version(name)
+        if packages[name] is None:
+            found.add("packages", f"the package {name} is not installed; install it with pip", ToolkitError.exit_code)
+    threads = None
+    if packages["torch"] is not None:
+        import torch
+
+        threads = torch.get_num_threads()
+    model = _examine_model(path, found, can_import=None not in packages.values())
+    return Report(
+        machine=machine.examine(),
+        packages=packages,
+        threads=threads,
+        model=model,
+        problems=tuple(found.problems),
+        notes=tuple(found.notes),
+    )
+
+
+class _Findings:
+    """Collects problems and notes; turns a known error into a problem."""
+
+    def __init__(self) -> None:
+        self.problems: list[Finding] = []
+        self.notes: list[str] = []
+
+    def add(self, topic: str, message: str, exit_code: int) -> None:
+        self.problems.append(Finding(topic=topic, message=message, exit_code=exit_code))
+
+    def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except ToolkitError as error:
+            self.add(topic, str(error), error.exit_code)
+            return None
+
+
+def _examine_model(path: str | Path | None, found: _Findings, *, can_import: bool) -> ModelFacts:
+    from runner import demo
+
+    facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
+    if not can_import:
+        return facts
+    # These need the packages that were just looked for.
+    from runner.loaded import choose_sampling, open_checkpoint
+    from runner.text import Text, read_optional_json
+
+    checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))
+    if checkpoint is None:
+        return facts
+    model_type = checkpoint.manifest.model.model_type
+    facts = dataclasses.replace(
+        facts,
+        layout=checkpoint.manifest.layout,
+        model_type=model_type,
+        files=len(checkpoint.manifest.files),
+        file_bytes=sum(file.size for file in checkpoint.manifest.files),
+    )
+    config = found.attempt("config", lambda: ModelConfig.from_dict(checkpoint.config))
+    found.attempt("files", lambda: _check_files(checkpoint))
+    if config is not None:
+        facts = dataclasses.replace(facts, vocab_size=config.vocab_size)
+        found.attempt("tensors", lambda: _check_tensors(checkpoint, config))
+    text = found.attempt("tokenizer", lambda: Text.from_checkpoint(checkpoint))
+    if text is not None:
+        facts = dataclasses.replace(
+            facts,
+            tokenizer_ids=text.vocab_size,
+            eos_ids=tuple(sorted(text.eos_ids)),
+            chat_template=text.template is not None,
+            thinking=text.template is not None and text.template.has_thinking,
+        )
+        if config is not None:
+            found.attempt("tokenizer", lambda: _check_vocabulary(text.vocab_size, config.vocab_size))
+        if text.template is None:
+            found.notes.append("no chat template: `runner generate` works, `runner chat` does not")
+        if not text.eos_ids:
+            found.notes.append("no end-of-text token is named: generation ends only at -n, --stop or --ctx")
+    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.root, "generation_config.json"))
+    if generation is not None:
+        sampling = found.attempt("sampling", lambda: choose_sampling(generation, {}))
+        if sampling is not None:
+            facts = dataclasses.replace(facts, sampling=dataclasses.asdict(sampling))
+    return facts
+
+
+def _check_files(checkpoint: manifests.Checkpoint) -> None:
+    problems = check_files(checkpoint)
+    missing = [problem for problem in problems if problem.kind == "missing_file"]
+    if missing:
+        raise IncompleteError(
+            f"{len(missing)} files of the manifest are missing, first {missing[0].loc}; reshard again to complete it"
+        )
+    if problems:
+        raise IntegrityError(
+            f"{len(problems)} files are not as the manifest says, first {problems[0].loc}: {problems[0].message}; "
+            "run `reshard verify`"
+        )
+
+
+def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> None:
+    missing = [name for name in needed_tensors(config) if name not in checkpoint]
+    if missing:
+        message = f"{len(missing)} tensors that config.json asks for are not there, first {missing[0]}"
+        if not checkpoint.manifest.selection.is_everything:
+            raise IncompleteError(f"{message}; this is a partial checkpoint, reshard without --layers and --experts")
+        raise ManifestError(f"{message}; config.json belongs to another checkpoint, or the checkpoint is not whole")
+    without_scales = checkpoint.missing_scales()
+    if without_scales:
+        raise ManifestError(f"{len(without_scales)} FP8 weights have no scales, first {without_scales[0]}")
+
+
+def _check_vocabulary(tokenizer_ids: int, vocab_size: int) -> None:
+    # Fewer is usual: published embeddings are padded with rows that no token has.
+    if tokenizer_ids > vocab_size:
+        raise ManifestError(
+            f"tokenizer.json has {tokenizer_ids} ids, but config.json has vocab_size {vocab_size}; "
+            "they are not of one model"
+        )
+
+
+def needed_tensors(config: ModelConfig) -> Iterator[str]:
+    """Names of all tensors of the main model, without scales and without MTP layers."""
+    yield "model.embed_tokens.weight"
+    queries = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+    attention = (*queries, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        yield from (f"{prefix}.self_attn.{name}.weight" for name in attention)
+        if layer < config.first_k_dense_replace:
+            yield from _mlp(f"{prefix}.mlp")
+        else:
+            yield f"{prefix}.mlp.gate.weight"
+            if config.topk_method == "noaux_tc":
+                yield f"{prefix}.mlp.gate.e_score_correction_bias"
+            if config.n_shared_experts:
+                yield from _mlp(f"{prefix}.mlp.shared_experts")
+            for expert in range(config.n_routed_experts):
+                yield from _mlp(f"{prefix}.mlp.experts.{expert}")
+        yield from (f"{prefix}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
+    yield "model.norm.weight"
+    yield "lm_head.weight"
+
+
+def _mlp(prefix: str) -> Iterator[str]:
+    return (f"{prefix}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else format_bytes(count)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,124 @@
+"""Generation over token ids: prefill, decode, reuse of what the cache already holds. It never sees text.
+
+Shapes: T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from manifests.errors import ResourceError, ToolkitError
+from runner.cache import LatentCache
+from runner.model import Model
+from runner.sampling import SamplingParams, sample
+
+PREFILL_TOKENS = 512
+"""Tokens per pass through the layers: enough to share each expert's weights, few enough to bound memory."""
+
+
+class Engine:
+    """One text at a time through a model, with one latent KV cache.
+
+    Args:
+        model: What to run.
+        ctx: The most positions a text may have.
+
+    Raises:
+        ResourceError: ``ctx`` is not within the positions that the model was made for.
+    """
+
+    def __init__(self, model: Model, *, ctx: int) -> None:
+        limit = model.config.max_position_embeddings
+        if not 1 <= ctx <= limit:
+            raise ResourceError(f"a context of {ctx} positions was asked for; this model takes 1 to {limit}")
+        self._model = model
+        self._cache = LatentCache(model.config, ctx)
+        self._held: list[int] = []  # the ids whose positions the cache holds
+
+    def generate(
+        self, ids: Sequence[int], *, max_tokens: int, sampling: SamplingParams, eos_ids: Collection[int]
+    ) -> Iterator[int]:
+        """Continue a text.
+
+        Args:
+            ids: All of it so far. Whatever the cache holds of its beginning is not computed again.
+            max_tokens: The most new ids to give.
+            sampling: How to choose them.
+            eos_ids: Ids that end the text; they are not given.
+
+        Returns:
+            New ids, each as soon as it is chosen. The iterator raises ResourceError when the context is full
+            and more was asked for.
+
+        Raises:
+            ResourceError: The text so far does not fit into the context.
+            ToolkitError: There is no text, or an id is outside the vocabulary.
+        """
+        timeline = self._checked(ids)
+        return self._generate(timeline, len(timeline) + max_tokens, sampling, frozenset(eos_ids))
+
+    def _generate(
+        self, timeline: list[int], end: int, sampling: SamplingParams, eos_ids: frozenset[int]
+    ) -> Iterator[int]:
+        while len(timeline) < end:
+            # The cache is brought to the timeline at every step: another text may have run in between.
+            logits_V = self._model.logits(self._advance(timeline))[0]
+            chosen = sample(logits_V, sampling, len(timeline))
+            if chosen in eos_ids:
+                return
+            timeline.append(chosen)
+            yield chosen
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Give the logits after every position of a text, [T, V] float32, one chunk of rows at a time.
+
+        Raises:
+            ResourceError: The text does not fit into the context.
+            ToolkitError: There is no text, or an id is outside the vocabulary.
+        """
+        timeline = self._checked(ids)
+        logits_TV = torch.empty(len(timeline), self._model.config.vocab_size)
+        self._rewind(0)
+        for begin in range(0, len(timeline), PREFILL_TOKENS):
+            hidden = self._extend(timeline[begin : begin + PREFILL_TOKENS])
+            logits_TV[begin : begin + len(hidden)] = self._model.logits(hidden)
+        return logits_TV
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        timeline, vocab_size = list(ids), self._model.config.vocab_size
+        if not timeline:
+            raise ToolkitError("there is nothing to continue: the prompt has no tokens")
+        for one in timeline:
+            if not 0 <= one < vocab_size:
+                raise ToolkitError(f"token id {one} is outside the vocabulary of {vocab_size}")
+        if len(timeline) > self._cache.ctx:
+            raise ResourceError(
+                f"the prompt has {len(timeline)} tokens, but the context holds {self._cache.ctx}; "
+                "shorten it or give a larger --ctx"
+            )
+        return timeline
+
+    def _advance(self, timeline: list[int]) -> Tensor:
+        """Bring the cache to the whole timeline and give the hidden state of its last token, [1, D]."""
+        # The last token is always run: its hidden state is not kept.
+        self._rewind(min(_common_prefix(self._held, timeline), len(timeline) - 1))
+        hidden = torch.empty(0)
+        for begin in range(len(self._held), len(timeline), PREFILL_TOKENS):
+            hidden = self._extend(timeline[begin : begin + PREFILL_TOKENS])
+        return hidden[-1:]
+
+    def _extend(self, ids: list[int]) -> Tensor:
+        hidden = self._model.hidden(torch.tensor(ids), self._cache)
+        self._held.extend(ids)
+        return hidden
+
+    def _rewind(self, length: int) -> None:
+        self._cache.truncate(length)
+        del self._held[length:]
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    if right[: len(left)] == left:
+        return len(left)
+    return next(index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)

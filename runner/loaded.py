@@ -1,0 +1,221 @@
+"""A checkpoint that is ready to write text: weights, engine and tokenizer joined.
+
+This is where the engine's token ids and the tokenizer's text meet; neither knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import manifests
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from runner import demo
+from runner.config import ModelConfig
+from runner.engine import Engine
+from runner.model import Model
+from runner.sampling import SamplingParams
+from runner.telemetry import RunStats, Telemetry
+from runner.text import StopScanner, Text, read_optional_json
+from runner.weights import WeightStore
+
+MAX_TOKENS = 128
+"""New tokens when nobody says how many."""
+
+
+class Generation:
+    """One continuation, while it is made and afterwards. Iterate over it for pieces of text as they become certain.
+
+    Attributes:
+        ids: The new ids so far.
+        finish_reason: ``eos``, ``length`` (as many as were asked for), ``context`` (no room for more), ``stop``
+            (a stop string came), or ``interrupted`` as long as none of these has happened.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        stops: Sequence[str] = (),
+    ) -> None:
+        self.ids: list[int] = []
+        self.finish_reason = "interrupted"
+        self._loaded = loaded
+        self._telemetry = Telemetry(len(ids))
+        self._decoder = loaded.text.stream()
+        self._scanner = StopScanner(stops)
+        # The last token of a full context is written but not read, so it needs no position of its own.
+        room = max(0, loaded.ctx - len(ids) + 1)
+        self._max_tokens = min(max_tokens, room)
+        self._end_reason = "length" if max_tokens <= room else "context"
+        self._tokens = loaded.engine.generate(
+            ids, max_tokens=self._max_tokens, sampling=sampling, eos_ids=loaded.text.eos_ids
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        self._loaded.model.observer = self._telemetry.observe
+        while not self._scanner.stopped:
+            if len(self.ids) >= self._max_tokens:
+                self.finish_reason = self._end_reason
+                break
+            with self._telemetry.step():
+                token = next(self._tokens, None)
+            if token is None:
+                self.finish_reason = "eos"
+                break
+            self.ids.append(token)
+            self._telemetry.count_token()
+            if piece := self._scanner.push(self._decoder.push(token)):
+                yield piece
+        else:
+            self.finish_reason = "stop"
+        if rest := self._scanner.push(self._decoder.flush()) + self._scanner.flush():
+            yield rest
+
+    @property
+    def stats(self) -> RunStats:
+        """What the run has cost so far."""
+        weights = self._loaded.weights
+        return self._telemetry.stats(mapped_files=weights.mapped_files, mapped_bytes=weights.mapped_bytes)
+
+
+class LoadedModel:
+    """A model over a checkpoint folder. Opening it reads descriptions only; weights are mapped when they are used.
+
+    Args:
+        path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
+        ctx: The most positions that a text may have; the model's own limit when not given.
+        dtype: What activations are rounded to before each product, float32 or bfloat16.
+
+    Attributes:
+        root: The checkpoint's folder.
+        ctx: As given, or the model's own limit.
+
+    Raises:
+        SourceNotFoundError: There is no checkpoint, or it has no config.json.
+        ManifestError: The checkpoint is damaged.
+        UnsupportedModelError: Its config asks for something that is not implemented.
+        ResourceError: The context is larger than the model's.
+    """
+
+    def __init__(
+        self, path: str | Path | None = None, *, ctx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        checkpoint = open_checkpoint(path)
+        config = ModelConfig.from_dict(checkpoint.config)
+        self.root = checkpoint.root
+        self.ctx = config.max_position_embeddings if ctx is None else ctx
+        self.weights = WeightStore(checkpoint)
+        self.model = Model(config, self.weights, dtype=dtype)
+        self.engine = Engine(self.model, ctx=self.ctx)
+
+    @cached_property
+    def text(self) -> Text:
+        """The tokenizer; read on first use, because whoever works with ids needs none."""
+        return Text.from_checkpoint(self.root)
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """How this model's makers sample, with what is given here (and is not None) in its place.
+
+        Raises:
+            ManifestError: generation_config.json has a value that cannot be used.
+            ToolkitError: A given value cannot be used.
+        """
+        return choose_sampling(read_optional_json(self.root, "generation_config.json"), given)
+
+    def start(
+        self,
+        ids: Sequence[int],
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: SamplingParams | None = None,
+        stops: Sequence[str] = (),
+    ) -> Generation:
+        """Prepare a continuation of these ids; it runs while it is iterated over.
+
+        Raises:
+            ResourceError: The ids do not fit into the context.
+            ToolkitError: There are none, or one is outside the vocabulary.
+        """
+        return Generation(self, ids, max_tokens=max_tokens, sampling=sampling or self.sampling(), stops=stops)
+
+    def generate(
+        self, text: str, *, max_tokens: int = MAX_TOKENS, stops: Sequence[str] = (), **sampling: Any
+    ) -> str:
+        """Continue a raw text and return what was added.
+
+        Args:
+            text: The prompt.
+            max_tokens: The most tokens to add.
+            stops: Texts that end it; they are not returned.
+            **sampling: Fields of SamplingParams; the model's own defaults for those not given.
+
+        Raises:
+            ToolkitError: See start and sampling.
+        """
+        ids = self.text.encode(text)
+        return "".join(self.start(ids, max_tokens=max_tokens, sampling=self.sampling(**sampling), stops=stops))
+
+    def logits(self, text_or_ids: str | Sequence[int]) -> Tensor:
+        """The logits after every position of a text or of ids, [T, V] float32.
+
+        Raises:
+            ResourceError: It does not fit into the context.
+            ToolkitError: It is empty, or an id is outside the vocabulary.
+        """
+        ids = self.text.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        return self.engine.logits(ids)
+
+
+def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
+    """Open a checkpoint for running; None is the embedded demo model.
+
+    Raises:
+        SourceNotFoundError: There is none, or it has no config.json.
+        ManifestError: It is damaged.
+    """
+    if path is None:
+        path = demo.path()
+        if not path.is_dir():
+            raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
+    checkpoint = manifests.open(path)
+    if not checkpoint.config:
+        raise SourceNotFoundError(
+            f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
+        )
+    return checkpoint
+
+
+def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from generation_config.json, replaced by those given that are not None.
+
+    As its readers agree: without ``do_sample: true`` the model is used greedily, whatever else it says; with it,
+    a missing temperature is 1 and missing filters are off.
+
+    Raises:
+        ManifestError: The file has a value that cannot be used.
+        ToolkitError: A given value cannot be used.
+    """
+    values: dict[str, Any] = {}
+    if generation_config.get("do_sample") is True:
+        values["temperature"] = 1.0
+        for key in ("temperature", "top_k", "top_p", "min_p"):
+            value = generation_config.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else int | float):
+                raise ManifestError(f"generation_config.json has {key} {value!r:.60}; it must be a number")
+            values[key] = value
+        try:
+            SamplingParams(**values)
+        except ToolkitError as error:
+            raise ManifestError(f"generation_config.json cannot be used: {error}") from error
+    return SamplingParams(**values | {key: value for key, value in given.items() if value is not None})

@@ -1,0 +1,104 @@
+"""The decoder: token ids in, hidden states and logits out. It knows tensors and names, never paths or text.
+
+Weights are fetched at the moment of use, so building a model touches none. The residual stream and all norms
+are float32. The MTP module (layer ``num_hidden_layers``) is not asked for.
+
+Shapes: T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from manifests.errors import ToolkitError
+from runner.attention import Attention
+from runner.cache import LatentCache
+from runner.config import ModelConfig
+from runner.fp8 import linear
+from runner.moe import MoE, Observer, swiglu
+from runner.norm import rms_norm
+from runner.parameters import Parameters, Weights
+from runner.rope import Rope, Rotation
+
+
+class Model:
+    """A DeepSeek-V2 or V3 style decoder over a store of weights.
+
+    Args:
+        config: What the checkpoint is.
+        weights: Where its tensors are.
+        dtype: float32, or bfloat16 to round what enters each product with a weight; products, norms, router,
+            attention scores and the residual stream are float32 either way.
+
+    Attributes:
+        config: As given.
+        observer: Told which experts each MoE layer chose; None for nobody.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype = torch.float32) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ToolkitError(f"the runner computes in float32 or bfloat16, not {dtype}")
+        self.config = config
+        self.observer: Observer | None = None
+        self._dtype = dtype
+        self._parameters = Parameters(weights, config.weight_block_size)
+        self._rope = Rope(config)
+        self._layers = [
+            _DecoderLayer(config, self._parameters, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
+        ]
+
+    def hidden(self, ids: Tensor, cache: LatentCache) -> Tensor:
+        """Run T new tokens after those in the cache, which then holds them too.
+
+        Args:
+            ids: [T] int64.
+            cache: Of this model's config.
+
+        Returns:
+            [T, D] float32, after the final norm.
+
+        Raises:
+            ResourceError: The cache has no room for them; it is unchanged.
+            ToolkitError: An id is not in the vocabulary.
+        """
+        config, count = self.config, ids.shape[0]
+        outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if len(outside):
+            raise ToolkitError(f"token id {int(outside[0])} is outside the vocabulary of {config.vocab_size}")
+        cache.check_room(count)
+        x_TD = self._parameters.rows("model.embed_tokens.weight", ids, config.vocab_size, config.hidden_size)
+        rotation = self._rope.rotation(cache.length, count)
+        for layer in self._layers:
+            x_TD = layer(x_TD, cache, rotation, self.observer)
+        cache.advance(count)
+        weight = self._parameters.vector("model.norm.weight", config.hidden_size)
+        return rms_norm(x_TD, weight, config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the head: [T, D] float32 to [T, V] float32."""
+        head = self._parameters.matrix("lm_head", self.config.vocab_size, self.config.hidden_size)
+        return linear(hidden, head, dtype=self._dtype)
+
+
+class _DecoderLayer:
+    """Attention, then a dense MLP (the first layers) or a mixture of experts, each on the normed residual."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int, *, dtype: torch.dtype) -> None:
+        self._config = config
+        self._parameters = parameters
+        self._prefix = f"model.layers.{layer}"
+        self._dtype = dtype
+        self._attention = Attention(config, parameters, layer, dtype=dtype)
+        dense = layer < config.first_k_dense_replace
+        self._moe = None if dense else MoE(config, parameters, layer, dtype=dtype)
+
+    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, observer: Observer | None) -> Tensor:
+        x_TD = x_TD + self._attention(self._norm(x_TD, "input_layernorm"), cache, rotation)
+        normed_TD = self._norm(x_TD, "post_attention_layernorm")
+        if self._moe is not None:
+            return x_TD + self._moe(normed_TD, observer)
+        width = self._config.intermediate_size
+        return x_TD + swiglu(normed_TD, self._parameters, f"{self._prefix}.mlp", width, dtype=self._dtype)
+
+    def _norm(self, x_TD: Tensor, name: str) -> Tensor:
+        weight = self._parameters.vector(f"{self._prefix}.{name}.weight", self._config.hidden_size)
+        return rms_norm(x_TD, weight, self._config.rms_norm_eps)
