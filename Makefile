@@ -71,7 +71,8 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --strict -p manifests -p reshard
+	$(BIN)/mypy -p runner
 	$(BIN)/lint-imports --no-cache
 
 fmt: $(VENV)/.dev

@@ -5,9 +5,12 @@ Canonical means: the same manifest gives the same bytes. Keys are sorted, no bla
 the raw bytes, before anything in them is believed.
 """
 
+import gc
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from manifests.digest import sha256_hex
@@ -41,8 +44,8 @@ def decode(raw: bytes, *, what: str) -> Manifest:
     Raises:
         ManifestError: Not strict JSON, not this version, any other problem, or the digest does not fit.
     """
-    document = parse_json(raw, what=what)
-    manifest = parse(document, what=what)
+    with _collector_paused():
+        manifest = parse(parse_json(raw, what=what), what=what)
     found = _DIGEST_FIELD.findall(raw)
     zeroed = _DIGEST_FIELD.sub(b'"manifest_sha256":"' + _ZEROS.encode("ascii") + b'"', raw)
     if len(found) != 1 or sha256_hex(zeroed) != found[0].decode("ascii"):
@@ -50,6 +53,21 @@ def decode(raw: bytes, *, what: str) -> Manifest:
             f"{what}: its bytes do not match its own manifest_sha256; it was damaged or edited, restore it from a copy"
         )
     return manifest
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: it would walk the growing tree of a large manifest again and again.
+
+    A quarter of the time of reading DeepSeek-V3's. Nothing made here is cyclic.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load(folder: Path) -> Manifest:

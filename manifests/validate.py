@@ -65,6 +65,35 @@ def validate(document: Any) -> list[Problem]:
     return _Reader().read(document)[1]
 
 
+class _Keys:
+    """The keys that an object must and may have, as sets: this is asked for each of a hundred thousand tensors."""
+
+    __slots__ = ("all", "required")
+
+    def __init__(self, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+        self.required = frozenset(required)
+        self.all = self.required.union(optional)
+
+
+_TOP_KEYS = _Keys(
+    ("format", "version", "layout", "model", "selection", "files", "documents", "source"), ("manifest_sha256",)
+)
+_MODEL_KEYS = _Keys((), ("model_type", "num_hidden_layers", "n_routed_experts", "num_experts_per_tok"))
+_SELECTION_KEYS = _Keys(("layers", "experts"))
+_FILE_KEYS = _Keys(
+    ("path", "kind", "size", "header_size", "tensors"),
+    ("layer", "expert", "codec", "stored_sha256", "unpacked_size", "header_sha256", "digest"),
+)
+_STORED_FILE_KEYS = _Keys({*_FILE_KEYS.required, "header_sha256", "digest"}, _FILE_KEYS.all)
+_TENSOR_KEYS = _Keys(
+    ("name", "dtype", "shape", "offset", "size"), ("digest", "chunks", "encoding", "logical_shape", "source_name")
+)
+_STORED_TENSOR_KEYS = _Keys({*_TENSOR_KEYS.required, "digest"}, _TENSOR_KEYS.all)
+_DOCUMENT_KEYS = _Keys(("path", "role", "size", "sha256"), ("codec", "content_size", "content_sha256", "source_name"))
+_SOURCE_KEYS = _Keys(("kind", "shards"))
+_SHARD_KEYS = _Keys(("name", "size", "sha256", "header"))
+
+
 class _TooManyError(Exception):
     """Ends the search for problems; never leaves this file."""
 
@@ -88,14 +117,13 @@ class _Reader:
         if len(self.problems) >= MAX_PROBLEMS:
             raise _TooManyError
 
-    def _mapping(self, value: Any, loc: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    def _mapping(self, value: Any, loc: str, keys: _Keys) -> dict[str, Any]:
         if not isinstance(value, dict):
             self._problem(loc, "invalid_type", "must be an object")
             return {}
-        required = set(required)
-        for key in sorted(required - value.keys()):
+        for key in sorted(keys.required - value.keys()):
             self._problem(loc, "missing_key", f"{key!r} is missing")
-        for key in sorted(value.keys() - required - set(optional)):
+        for key in sorted(value.keys() - keys.all):
             # A later version may mean something by it; ignoring it would be a guess.
             self._problem(loc, "unknown_key", f"{key!r:.100} is not known in version {FORMAT_VERSION}")
         return value
@@ -176,8 +204,7 @@ class _Reader:
                     f"version {version!r:.40} is not {FORMAT_VERSION}, the only one this program knows; update it",
                 )
                 return None
-        required = ("format", "version", "layout", "model", "selection", "files", "documents", "source")
-        top = self._mapping(document, "", required, ("manifest_sha256",))
+        top = self._mapping(document, "", _TOP_KEYS)
         if not top:
             return None
         layout = self._choice(top, "layout", "", LAYOUTS, "resharded")
@@ -194,8 +221,7 @@ class _Reader:
         return manifest
 
     def _model(self, value: Any) -> ModelFacts:
-        keys = ("model_type", "num_hidden_layers", "n_routed_experts", "num_experts_per_tok")
-        facts = self._mapping(value, "model", (), keys)
+        facts = self._mapping(value, "model", _MODEL_KEYS)
         return ModelFacts(
             model_type=self._text(facts, "model_type", "model") or None,
             num_hidden_layers=self._optional_count(facts, "num_hidden_layers", "model"),
@@ -204,7 +230,7 @@ class _Reader:
         )
 
     def _selection(self, value: Any) -> Selection:
-        selection = self._mapping(value, "selection", ("layers", "experts"))
+        selection = self._mapping(value, "selection", _SELECTION_KEYS)
         numbers: dict[str, tuple[int, ...] | None] = {}
         for key in ("layers", "experts"):
             numbers[key] = None
@@ -215,11 +241,7 @@ class _Reader:
         return Selection(layers=numbers["layers"], experts=numbers["experts"])
 
     def _file(self, value: Any, loc: str, stored: bool) -> FileEntry | None:
-        required = ["path", "kind", "size", "header_size", "tensors"]
-        if stored:
-            required += ["header_sha256", "digest"]
-        optional = ["layer", "expert", "codec", "stored_sha256", "unpacked_size", "header_sha256", "digest"]
-        file = self._mapping(value, loc, required, optional)
+        file = self._mapping(value, loc, _STORED_FILE_KEYS if stored else _FILE_KEYS)
         if not file:
             return None
         size = self._count(file, "size", loc)
@@ -243,8 +265,7 @@ class _Reader:
         return entry
 
     def _tensor(self, value: Any, loc: str, stored: bool) -> TensorEntry | None:
-        required = ("name", "dtype", "shape", "offset", "size", "digest") if stored else _TENSOR_KEYS
-        tensor = self._mapping(value, loc, required, _TENSOR_OPTIONAL)
+        tensor = self._mapping(value, loc, _STORED_TENSOR_KEYS if stored else _TENSOR_KEYS)
         if not tensor:
             return None
         name = self._text(tensor, "name", loc, limit=MAX_NAME_CHARS)
@@ -308,8 +329,7 @@ class _Reader:
             self._problem(f"{loc}.digest", "inconsistent", "is not the digest of its header and tensors")
 
     def _document(self, value: Any, loc: str) -> Document | None:
-        optional = ("codec", "content_size", "content_sha256", "source_name")
-        document = self._mapping(value, loc, ("path", "role", "size", "sha256"), optional)
+        document = self._mapping(value, loc, _DOCUMENT_KEYS)
         if not document:
             return None
         codec = self._choice(document, "codec", loc, CODECS, "none")
@@ -333,14 +353,14 @@ class _Reader:
         )
 
     def _source(self, value: Any) -> Source:
-        source = self._mapping(value, "source", ("kind", "shards"))
+        source = self._mapping(value, "source", _SOURCE_KEYS)
         return Source(
             kind=self._choice(source, "kind", "source", SOURCE_KINDS, "safetensors"),
             shards=self._list(source, "shards", "source.", self._shard),
         )
 
     def _shard(self, value: Any, loc: str) -> Shard | None:
-        shard = self._mapping(value, loc, ("name", "size", "sha256", "header"))
+        shard = self._mapping(value, loc, _SHARD_KEYS)
         if not shard:
             return None
         return Shard(
@@ -374,6 +394,3 @@ class _Reader:
                 self._problem(loc, "inconsistent", f"{noun} {value!r:.200} appears twice")
             seen.add(value)
 
-
-_TENSOR_KEYS = ("name", "dtype", "shape", "offset", "size")
-_TENSOR_OPTIONAL = ("digest", "chunks", "encoding", "logical_shape", "source_name")

@@ -104,9 +104,7 @@ def generate(
     if system is None:
         ids = loaded.text.encode(written)
     else:
-        ids = loaded.text.encode_chat(
-            [{"role": "system", "content": system}, {"role": "user", "content": written}]
-        )
+        ids = loaded.text.encode_chat([{"role": "system", "content": system}, {"role": "user", "content": written}])
     generation = loaded.start(ids, max_tokens=max_tokens, sampling=sampling, stops=stops)
     text = ""
     for piece in generation:

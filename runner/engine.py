@@ -119,6 +119,7 @@ class Engine:
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
-    if right[: len(left)] == left:
-        return len(left)
-    return next(index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    length = min(len(left), len(right))
+    if left[:length] == right[:length]:  # the usual case, at the speed of a comparison
+        return length
+    return next(index for index in range(length) if left[index] != right[index])

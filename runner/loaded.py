@@ -147,9 +147,7 @@ class LoadedModel:
         """
         return Generation(self, ids, max_tokens=max_tokens, sampling=sampling or self.sampling(), stops=stops)
 
-    def generate(
-        self, text: str, *, max_tokens: int = MAX_TOKENS, stops: Sequence[str] = (), **sampling: Any
-    ) -> str:
+    def generate(self, text: str, *, max_tokens: int = MAX_TOKENS, stops: Sequence[str] = (), **sampling: Any) -> str:
         """Continue a raw text and return what was added.
 
         Args:

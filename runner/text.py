@@ -180,9 +180,7 @@ class Text:
             message if message["role"] == "assistant" else {**message, "content": self._cut(message["content"], mark)}
             for message in messages
         ]
-        prompt = self.template.render(
-            marked, bos_token=self._bos_token, eos_token=self._eos_token, thinking=thinking
-        )
+        prompt = self.template.render(marked, bos_token=self._bos_token, eos_token=self._eos_token, thinking=thinking)
         return prompt.split(mark)
 
     def encode_pieces(self, pieces: Sequence[str], *, add_bos: bool = True) -> list[int]:

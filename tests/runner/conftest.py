@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from runner.cli import runner as runner_group
 
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
@@ -182,6 +189,59 @@ def _tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     tensors["model.norm.weight"] = ones(hidden)
     tensors["lm_head.weight"] = weight(config["vocab_size"], hidden)
     return tensors
+
+
+@pytest.fixture
+def tiny_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be changed or damaged."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture
+def change() -> Callable[..., None]:
+    """Change keys of a JSON document in a folder; write it if there is none."""
+
+    def write(folder: Path, name: str, **values: Any) -> None:
+        path = folder / name
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(old | values), encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def call() -> Callable[..., Result]:
+    """Run a command of `runner` in this process; keyword arguments are environment variables, but stdin."""
+
+    def invoke(*arguments: str | Path, stdin: str | bytes | None = None, **environment: str) -> Result:
+        return CliRunner().invoke(runner_group, [str(one) for one in arguments], input=stdin, env=environment)
+
+    return invoke
+
+
+@pytest.fixture
+def document(call: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
+    """Run a command with ``--json`` and give its document."""
+
+    def invoke(*arguments: str | Path, stdin: str | None = None) -> dict[str, Any]:
+        result = call(*arguments, "--json", stdin=stdin)
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    return invoke
+
+
+@pytest.fixture
+def spawn() -> Callable[..., subprocess.Popen[bytes]]:
+    """Start a command of `runner` in a process of its own, stderr in a pipe; keyword arguments are streams."""
+
+    def start(*arguments: str | Path, **streams: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "runner", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **streams)
+
+    return start
 
 
 # ---- the runner's mathematics: plain oracles and tiny random models, from tests/reference ----

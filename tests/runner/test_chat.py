@@ -91,9 +91,7 @@ def render(template: str, messages: list[dict[str, str]], *, thinking: bool = Fa
 
 def test_v3() -> None:
     assert render(V3, ONE) == f"{BOS}{USER}Hi{ASSISTANT}"
-    assert render(V3, THREE) == (
-        f"{BOS}Be brief.{USER}Hi{ASSISTANT}a thought</think>Hello.{EOS}{USER}Why?{ASSISTANT}"
-    )
+    assert render(V3, THREE) == (f"{BOS}Be brief.{USER}Hi{ASSISTANT}a thought</think>Hello.{EOS}{USER}Why?{ASSISTANT}")
 
 
 def test_r1_thinks_and_forgets_earlier_thoughts() -> None:
@@ -103,9 +101,7 @@ def test_r1_thinks_and_forgets_earlier_thoughts() -> None:
 
 def test_v31_without_thinking() -> None:
     assert render(V31, ONE) == f"{BOS}{USER}Hi{ASSISTANT}</think>"
-    assert render(V31, THREE) == (
-        f"{BOS}Be brief.{USER}Hi{ASSISTANT}</think>Hello.{EOS}{USER}Why?{ASSISTANT}</think>"
-    )
+    assert render(V31, THREE) == (f"{BOS}Be brief.{USER}Hi{ASSISTANT}</think>Hello.{EOS}{USER}Why?{ASSISTANT}</think>")
 
 
 def test_v31_with_thinking() -> None:
@@ -123,9 +119,7 @@ def test_v31_joins_system_messages() -> None:
 def test_v2_leaves_no_blank_at_the_end() -> None:
     assert render(V2, ONE) == f"{BOS}User: Hi\n\nAssistant:"
     messages = [*THREE[:2], {"role": "assistant", "content": "Hello."}, THREE[3]]
-    assert render(V2, messages) == (
-        f"{BOS}Be brief.\n\nUser: Hi\n\nAssistant: Hello.{EOS}User: Why?\n\nAssistant:"
-    )
+    assert render(V2, messages) == (f"{BOS}Be brief.\n\nUser: Hi\n\nAssistant: Hello.{EOS}User: Why?\n\nAssistant:")
 
 
 def test_the_thinking_switch_is_known_to_v31_only() -> None:

@@ -21,9 +21,13 @@ V3 = (
     f"{{% elif m['role'] == 'user' %}}{USER}{{{{ m['content'] }}}}"
     f"{{% else %}}{ASSISTANT}{{{{ m['content'] }}}}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}{ASSISTANT}"
 )
-R1 = V3.replace(
-    f"{ASSISTANT}{{{{ m['content'] }}}}", f"{ASSISTANT}{{{{ m['content'].split('</think>')[-1] }}}}"
-).removesuffix(ASSISTANT) + ASSISTANT + "{{ '<think>\\n' }}"
+R1 = (
+    V3.replace(
+        f"{ASSISTANT}{{{{ m['content'] }}}}", f"{ASSISTANT}{{{{ m['content'].split('</think>')[-1] }}}}"
+    ).removesuffix(ASSISTANT)
+    + ASSISTANT
+    + "{{ '<think>\\n' }}"
+)
 V2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\\n\\n' }}"
     "{% else %}{{ 'Assistant: ' + m['content'] + eos_token }}{% endif %}{% endfor %}{{ 'Assistant:' }}"
@@ -54,9 +58,7 @@ def test_an_unusual_spelling_of_an_answer_is_kept(text_with: Callable[[str], Tex
     conversation.answered(turn, spelled)
     after = conversation.ask("Why?")
     assert list(after.ids[: len(turn.ids) + len(spelled)]) == [*turn.ids, *spelled]
-    assert text.decode(after.ids, control_tokens=True) == (
-        f"{BOS}{USER}Hi{ASSISTANT}hello{EOS}{USER}Why?{ASSISTANT}"
-    )
+    assert text.decode(after.ids, control_tokens=True) == (f"{BOS}{USER}Hi{ASSISTANT}hello{EOS}{USER}Why?{ASSISTANT}")
     assert after.ids.count(0) == 1
 
 

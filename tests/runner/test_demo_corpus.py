@@ -38,9 +38,10 @@ def _names(root: Path, *, held_out: bool) -> list[str]:
 
 
 def test_the_hash_of_the_path_decides() -> None:
-    # Fixed for ever: another rule would put text that the embedded model has seen among the held-out text.
-    assert [name for name in ("argparse.py", "functools.py", "json/decoder.py") if not corpus.is_held_out(name)] == []
-    assert [name for name in ("os.py", "json/__init__.py", "decoder.py") if corpus.is_held_out(name)] == []
+    # Fixed for ever: another rule would put text that the embedded model has seen among the held-out text. The hashes
+    # of html/__init__.py and xmlrpc/client.py are 4 and 5 of a hundred.
+    assert all(map(corpus.is_held_out, ("argparse.py", "html/__init__.py", "json/decoder.py")))
+    assert not any(map(corpus.is_held_out, ("os.py", "xmlrpc/client.py", "decoder.py")))
 
 
 def test_tests_foreign_packages_and_blank_or_odd_files_are_no_text(library: Path) -> None:
@@ -62,8 +63,8 @@ def test_the_sides_do_not_meet_and_about_a_twentieth_is_held_out() -> None:
 
 def test_the_command_prints_the_held_out_files_without_torch() -> None:
     code = (
-        "import runpy, sys; sys.argv = ['corpus', '--held-out'];"
-        "runpy.run_module('runner.demo.corpus', run_name='__main__'); assert 'torch' not in sys.modules"
+        "import sys; from runner.demo import corpus; corpus.main(['--held-out'], standalone_mode=False);"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(path) for path in corpus.files(held_out=True)]

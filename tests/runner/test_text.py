@@ -110,9 +110,9 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"tokenizer_config": {"bos_token": "<s>"}}, "bos_token '<s>' is not a token"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token 3 is not a token"),
         ({"tokenizer_config": {"add_bos_token": "yes"}}, "add_bos_token must be true or false"),
-        ({"config": {"eos_token_id": True}}, "eos_token_id .* must be a token id"),
-        ({"config": {"eos_token_id": [1, -1]}}, "eos_token_id .* must be a token id"),
-        ({"generation_config": {"bos_token_id": "0"}}, "bos_token_id .* must be a token id"),
+        ({"config": {"eos_token_id": True}}, "eos_token_id must be a token id"),
+        ({"config": {"eos_token_id": [1, -1]}}, "eos_token_id must be a token id"),
+        ({"generation_config": {"bos_token_id": "0"}}, "bos_token_id must be a token id"),
         ({"generation_config": [1]}, "must hold a JSON object"),
     ],
 )

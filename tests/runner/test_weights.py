@@ -1,0 +1,112 @@
+"""The store: zero-copy views in the stored dtype, mapped on first use; what is wrong is refused before mapping."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import manifests
+from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
+from manifests.header import HeaderTensor, encode_header
+from runner.weights import WeightStore
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+
+
+def write_odd(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The published form: no padding, so every tensor here starts at an odd offset."""
+    tags = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
+    entries, payload = [], b""
+    for name, tensor in tensors.items():
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        begin = len(payload)
+        entries.append(
+            HeaderTensor(
+                name=name, dtype=tags[tensor.dtype], shape=tuple(tensor.shape), begin=begin, end=begin + len(data)
+            )
+        )
+        payload += data
+    metadata = {"format": "pt"}
+    while len(encode_header(entries, metadata=metadata)) % 2 == 0:
+        metadata["pad"] = metadata.get("pad", "") + "x"
+    path.write_bytes(encode_header(entries, metadata=metadata) + payload)
+
+
+def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    count = 1
+    for size in shape:
+        count *= size
+    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_pattern_comes_through_at_odd_offsets(tmp_path: Path, dtype: torch.dtype) -> None:
+    stored = random_bits(dtype, 37, 53)
+    write_odd(tmp_path / "model.safetensors", {"a.weight": stored})
+    location = manifests.open(tmp_path).find("a.weight")
+    assert location is not None
+    assert location.offset % 2 == 1
+    store = WeightStore(manifests.open(tmp_path))
+    found = store.tensor("a.weight")
+    assert found.dtype == dtype
+    assert found.shape == stored.shape
+    assert torch.equal(found.clone().view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_nothing_is_mapped_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
+    store = WeightStore(manifests.open(tiny_checkpoint))
+    assert (store.mapped_files, store.mapped_bytes) == (0, 0)
+    store.tensor("model.norm.weight")
+    assert store.mapped_files == 1
+    assert store.mapped_bytes == (tiny_checkpoint / "model-00002-of-000002.safetensors").stat().st_size
+
+
+def test_views_share_the_mapping(tiny_checkpoint: Path) -> None:
+    store = WeightStore(manifests.open(tiny_checkpoint))
+    once, again = store.tensor("lm_head.weight"), WeightStore(manifests.open(tiny_checkpoint)).tensor("lm_head.weight")
+    assert store.tensor("lm_head.weight").data_ptr() == once.data_ptr()
+    assert again.data_ptr() != once.data_ptr()
+
+
+def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
+    save_file({"x.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ManifestError, match=r"x\.weight is FP8 but has no weight_scale_inv"):
+        WeightStore(manifests.open(tmp_path)).matrix("x")
+
+
+def test_unknown_names_and_dtypes_are_refused(tmp_path: Path) -> None:
+    save_file({"x.weight": torch.zeros(4, dtype=torch.int64)}, tmp_path / "model.safetensors")
+    store = WeightStore(manifests.open(tmp_path))
+    with pytest.raises(ManifestError, match="has no tensor y"):
+        store.tensor("y")
+    with pytest.raises(UnsupportedModelError, match="stored as I64"):
+        store.tensor("x.weight")
+
+
+def test_a_file_that_shrank_is_refused_before_it_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x.weight": torch.zeros(4000)}, path)
+    store = WeightStore(manifests.open(tmp_path))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: has \d+ bytes, the manifest says"):
+        store.tensor("x.weight")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x.weight": torch.zeros(4)}, path)
+    store = WeightStore(manifests.open(tmp_path))
+    path.unlink()
+    with pytest.raises(SourceNotFoundError, match=r"model\.safetensors: no such file"):
+        store.tensor("x.weight")
+
+
+def test_an_empty_tensor_needs_no_mapping(tmp_path: Path) -> None:
+    save_file({"x.weight": torch.zeros(0, 4)}, tmp_path / "model.safetensors")
+    store = WeightStore(manifests.open(tmp_path))
+    assert store.tensor("x.weight").shape == (0, 4)
+    assert store.mapped_files == 0

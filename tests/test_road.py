@@ -1,0 +1,60 @@
+"""The whole road through the programs, on the embedded model: shards in, text out, and back to the shards."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from runner import demo
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program, *rest = map(str, arguments)
+    # One thread: the machine may be busy, and tiny products gain nothing.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", program, *rest], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def sha256_of(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_from_shards_to_text_and_back(tmp_path: Path) -> None:
+    source, experts, back = demo.path(), tmp_path / "experts", tmp_path / "back"
+    before = sha256_of(source)
+
+    done = run("reshard", "run", source, experts)
+    assert done.returncode == 0, done.stderr
+    # 4 layers' dense parts and the MTP layer's, embedding and head twice, 4 x 64 experts.
+    assert "265 files" in done.stdout
+
+    shown = run("manifests", "show", experts, "--json")
+    assert shown.returncode == 0, shown.stderr
+    summary = json.loads(shown.stdout)
+    assert summary["files"] == 265
+    assert summary["unknown"] == []
+    assert [layer["experts"] for layer in summary["layers"]] == [0, 64, 64, 64, 64]
+    assert run("manifests", "check", experts).returncode == 0
+
+    told = run("runner", "generate", "-m", experts, "-p", "import ", "-n", "8", "--temp", "0")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip()
+    assert "mapped" in told.stderr
+    assert "files" in told.stderr
+    # Straight from the shards: the same bytes, so the same text.
+    assert run("runner", "generate", "-p", "import ", "-n", "8", "--temp", "0").stdout == told.stdout
+
+    assert run("reshard", "verify", experts, "--against", source).returncode == 0
+    checked = run("reshard", "restore", experts, "--check")
+    assert checked.returncode == 0, checked.stderr
+    assert "all 163 source shards" in checked.stdout
+    assert run("reshard", "restore", experts, back).returncode == 0
+    assert sha256_of(back) == before == sha256_of(source)
