@@ -28,8 +28,8 @@ class Parameters:
         mtp: The MTP layers' own.
         mtp_copies: Their copies of embedding and head.
         routed: Routed experts of the main model.
-        activated: Used for one token, embedding and head counted whole; None when the config does not say how
-            many experts a token selects.
+        activated: Used for one token, embedding and head counted whole; None for a part of a model, and when the
+            config does not say how many experts a token selects.
     """
 
     main: int
@@ -111,21 +111,26 @@ def _count_parameters(entries: list[tuple[TensorName, TensorEntry]], manifest: M
             totals["routed"] += elements
         elif name.part == "e_score_correction_bias":
             totals["selecting"] += elements
-    total_experts, selected = manifest.model.n_routed_experts, manifest.model.num_experts_per_tok
-    if not totals["routed"]:
-        activated: int | None = totals["main"] - totals["selecting"]
-    elif total_experts and selected is not None:
-        always = totals["main"] - totals["routed"] - totals["selecting"]
-        activated = always + totals["routed"] * selected // total_experts
-    else:
-        activated = None
     return Parameters(
         main=totals["main"],
         mtp=totals["mtp"],
         mtp_copies=totals["mtp_copies"],
         routed=totals["routed"],
-        activated=activated,
+        activated=_count_activated(totals, manifest),
     )
+
+
+def _count_activated(totals: Mapping[str, int], manifest: Manifest) -> int | None:
+    facts = manifest.model
+    # Of a part of a model, or of a file alone, nobody can say what a token uses.
+    if facts.num_hidden_layers is None or not manifest.selection.is_everything:
+        return None
+    always = totals["main"] - totals["routed"] - totals["selecting"]
+    if not totals["routed"]:
+        return always
+    if not facts.n_routed_experts or facts.num_experts_per_tok is None:
+        return None
+    return always + totals["routed"] * facts.num_experts_per_tok // facts.n_routed_experts
 
 
 def _is_mtp(layer: int | None, manifest: Manifest) -> bool:

@@ -23,10 +23,11 @@ from manifests.errors import IntegrityError
 from manifests.schema import Selection
 from reshard import restore as restoring
 from reshard import verify as verifying
+from reshard.destination import check_destination
 from reshard.disk import measure_read_rate
 from reshard.plan import Plan, make_plan
 from reshard.progress import Progress
-from reshard.run import check_destination, needed_bytes, reshard_checkpoint
+from reshard.run import needed_bytes, reshard_checkpoint
 from reshard.saved import require_source
 from reshard.source import SourceCheckpoint, read_source
 from reshard.workers import DEFAULT_JOBS

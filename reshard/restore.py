@@ -15,8 +15,8 @@ from manifests.inventory import Checkpoint, Location
 from manifests.schema import Shard
 from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer
+from reshard.destination import all_or_nothing, check_destination, sync_folders, write_file
 from reshard.progress import Progress
-from reshard.run import all_or_nothing, check_destination, sync_folders, write_file
 from reshard.saved import read_document, read_saved_headers, require_source
 from reshard.workers import StopFlag, run_all
 
@@ -36,7 +36,7 @@ def restore(checkpoint: Checkpoint, out: Path, *, jobs: int, progress: Progress)
     Raises:
         IncompleteError: Only a part was resharded.
         IntegrityError: The rebuilt bytes are not the source's.
-        ToolkitError, ResourceError: See `reshard.run.check_destination`.
+        ToolkitError, ResourceError: See `reshard.destination.check_destination`.
     """
     headers = read_saved_headers(checkpoint)
     documents = [document for document in checkpoint.manifest.documents if document.source_name is not None]

@@ -3,23 +3,18 @@
 A folder with a manifest is complete; whatever fails before that leaves the destination as it was found.
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from manifests.digest import sha256_hex
-from manifests.errors import ResourceError, ToolkitError
 from manifests.inventory import model_facts
 from manifests.paths import INDEX_NAME, SOURCE_FOLDER
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, Manifest, Shard, Source
 from manifests.storage import save, sync_folder
 from reshard.archive import pack
-from reshard.blocks import Reader, Writer, write_error
+from reshard.destination import all_or_nothing, check_destination, copy_file, sync_folders, write_file
 from reshard.plan import Plan
 from reshard.progress import Progress
 from reshard.source import AuxiliaryFile, SourceCheckpoint
@@ -94,53 +89,6 @@ def reshard_checkpoint(
     return manifest
 
 
-def check_destination(source: Path, destination: Path, needed: int) -> None:
-    """Refuse a destination that holds anything, overlaps the source, or has too little room.
-
-    Raises:
-        ToolkitError: Not empty, not a folder, or overlapping.
-        ResourceError: Too little free space.
-    """
-    real_source, real_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
-    if real_destination.is_relative_to(real_source) or real_source.is_relative_to(real_destination):
-        raise ToolkitError(f"{destination}: lies inside {source} or around it; choose a folder beside it")
-    if destination.exists():
-        if not destination.is_dir():
-            raise ToolkitError(f"{destination}: is a file; choose a new or empty folder")
-        if any(destination.iterdir()):
-            raise ToolkitError(
-                f"{destination}: is not empty; choose a new or empty folder, or delete what an interrupted run left"
-            )
-    existing = real_destination
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ResourceError(f"{destination}: needs {needed:,} bytes, the disk has {free:,} free; nothing was written")
-
-
-@contextmanager
-def all_or_nothing(destination: Path) -> Iterator[None]:
-    """Make the folder; after any failure remove everything that was put there."""
-    made = not destination.exists()
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(destination, error) from error
-    try:
-        yield
-    except BaseException:
-        # It was empty when we began, so all that is in it is ours.
-        for entry in destination.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        if made:
-            destination.rmdir()
-        raise
-
-
 def _copy_auxiliary(root: Path, file: AuxiliaryFile, destination: Path) -> Document:
     size, sha256 = copy_file(resolve_inside(root, file.path), destination / file.path)
     return Document(
@@ -152,37 +100,6 @@ def _copy_auxiliary(root: Path, file: AuxiliaryFile, destination: Path) -> Docum
         content_sha256=sha256,
         source_name=file.path,
     )
-
-
-def copy_file(source: Path, destination: Path) -> tuple[int, str]:
-    """Copy one small file durably; return its size and sha256."""
-    size = source.stat().st_size
-    hasher = hashlib.sha256()
-    reader, writer = Reader(source), Writer(destination)
-    try:
-        offset = 0
-        for block in reader.blocks(0, size):
-            hasher.update(block)
-            writer.write(block, offset)
-            offset += len(block)
-        writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-    finally:
-        reader.close()
-    return size, hasher.hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write one small file durably."""
-    writer = Writer(path)
-    try:
-        writer.write(data, 0)
-        writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def _write_document(destination: Path, path: str, role: str, data: bytes) -> Document:
@@ -220,9 +137,3 @@ def _encode_index(files: Iterable[FileEntry]) -> bytes:
     total = sum(tensor.size for file in files for tensor in file.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
-
-
-def sync_folders(destination: Path) -> None:
-    """Make every rename durable before the manifest says that the files are there."""
-    for folder, _, _ in os.walk(destination):
-        sync_folder(Path(folder))
