@@ -49,9 +49,9 @@ def show(path: str, as_json: bool) -> None:
     if as_json:
         document = dataclasses.asdict(summary)
         document["parameters"]["routed_share"] = _routed_share(summary.parameters)
-        print_json(document | {"path": str(checkpoint.root), "missing_scales": missing_scales})
+        print_json(document | {"path": path, "missing_scales": missing_scales})
         return
-    for line in _show_lines(str(checkpoint.root), summary):
+    for line in _show_lines(path, summary):
         click.echo(line)
     _warn("names that no rule knows (kept in dense files)", summary.unknown)
     _warn("FP8 weights without scales", missing_scales)
@@ -137,7 +137,7 @@ def check(path: str, as_json: bool) -> None:
             click.echo(printable(f"{problem.loc or path}: {problem.message}"))
         if not problems:
             files = len(checkpoint.manifest.files) + len(checkpoint.manifest.documents)
-            click.echo(f"{path}: {files} files, sizes and headers are right")
+            click.echo(printable(f"{path}: {files} files, sizes and headers are right"))
     if problems:
         raise click.exceptions.Exit(error.exit_code if error else EXIT_DAMAGED)
 

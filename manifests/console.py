@@ -54,14 +54,33 @@ class Group(click.Group):
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output went away (for example `head`): not our failure, and nothing to say.
-            # Python would complain once more when it flushes stdout at exit, so give it another one.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            _drop_broken_stdout()
+            sys.exit(ToolkitError.exit_code)
         except ToolkitError as error:
-            if os.environ.get(f"{name.upper()}_DEBUG") == "1":
+            if _is_debugging(name):
                 raise
             click.echo(f"{name}: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            # A failing disk, a permission, a limit: met where nobody had a better sentence for it.
+            if _is_debugging(name):
+                raise
+            where = f"{printable(str(error.filename))}: " if error.filename else ""
+            click.echo(f"{name}: {where}{error.strerror or error}", err=True)
+            _drop_broken_stdout()
+            sys.exit(ToolkitError.exit_code)
+
+
+def _is_debugging(program: str) -> bool:
+    return os.environ.get(f"{program.upper()}_DEBUG") == "1"
+
+
+def _drop_broken_stdout() -> None:
+    """Python complains once more when it cannot flush stdout at exit, so give it another one."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def json_option(function: F) -> F:
@@ -91,7 +110,7 @@ def format_bytes(count: int | float) -> str:
         if abs(value) < 999.5 or unit == "TB":
             break
         value /= 1000
-    digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(value)))) + 1)
+    digits = 0 if unit == "B" else 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 
 

@@ -177,6 +177,9 @@ def _parse_entry(name: str, entry: Any, what: str) -> HeaderTensor:
         raise ManifestError(f"{where}: shape must be a list of whole numbers from 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise ManifestError(f"{where}: data_offsets must be two whole numbers from 0")
+    # A reader with 64-bit numbers overflows on such a shape, even where a zero makes the tensor empty.
+    if prod(size for size in shape if size) > MAX_FILE_BYTES:
+        raise ManifestError(f"{where}: shape {shape!r:.200} has more elements than any file can hold")
     begin, end = offsets
     if (end - begin) * 8 != bits * prod(shape):
         raise ManifestError(f"{where}: {dtype} {shape} does not fill the {end - begin} bytes of its data_offsets")

@@ -5,6 +5,7 @@ needs one kind of description, wherever the bytes lie. Opening reads headers or 
 """
 
 import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import ManifestError, Problem, SourceNotFoundError
-from manifests.header import Header, read_header
+from manifests.errors import IntegrityError, ManifestError, Problem, SourceNotFoundError
+from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
 from manifests.names import Role, TensorName, expert_prefix, find_missing_scales, parse_name
 from manifests.paths import INDEX_NAME, MANIFEST_NAME, Kind
@@ -74,13 +75,20 @@ class TensorView:
 
     @property
     def data(self) -> memoryview:
-        """The raw bytes, mapped from the file on first use and read from disk page by page as they are touched."""
-        if self.location.size == 0:
+        """The raw bytes, mapped from the file on first use and read from disk page by page as they are touched.
+
+        Raises:
+            IntegrityError: The file is shorter than the manifest says.
+        """
+        begin, end = self.location.offset, self.location.offset + self.location.size
+        if begin == end:
             return memoryview(b"")
         if self._mapping is None:
             with self.location.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < end:
+                    raise IntegrityError(f"{self.location.path}: ends before byte {end} of {self.location.name!r}")
                 self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._mapping)[self.location.offset : self.location.offset + self.location.size]
+        return memoryview(self._mapping)[begin:end]
 
 
 class Checkpoint:
@@ -223,7 +231,7 @@ def read_shards(root: Path) -> dict[str, Header]:
             )
         return {names[0]: read_header(resolve_inside(root, names[0]))}
     names = sorted(set(weight_map.values()), key=_numeric_order)
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(root / name)]
     if missing:
         raise SourceNotFoundError(
             f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them"
@@ -253,7 +261,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
 
     def count(key: str) -> int | None:
         value = config.get(key)
-        return value if type(value) is int and value >= 0 else None
+        return value if type(value) is int and 0 <= value <= MAX_FILE_BYTES else None
 
     model_type = config.get("model_type")
     return ModelFacts(
@@ -336,5 +344,7 @@ def _check_index(root: Path, weight_map: Mapping[str, str], shards: Mapping[str,
         )
 
 
-def _numeric_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+def _numeric_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    # Every second part is digits. The name itself decides between model-1 and model-01, which are equal as numbers.
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)], name

@@ -7,19 +7,20 @@ other, digests of digests) are the matter of `manifests.validate` and FORMAT.md.
 from typing import Any
 
 from manifests.dtypes import BITS
-from manifests.header import MAX_FILE_BYTES, MAX_NAME_CHARS
+from manifests.header import LENGTH_BYTES, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
 from manifests.paths import Kind
 from manifests.schema import CODECS, FORMAT_NAME, FORMAT_VERSION, LAYOUTS, ROLES, SOURCE_KINDS
 
 _COUNT = {"type": "integer", "minimum": 0, "maximum": MAX_FILE_BYTES}
 _COUNTS = {"type": "array", "items": _COUNT}
-_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+# The length says it again, for validators whose "$" also matches before a final newline.
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "maxLength": 64}
 _PATH = {
     "type": "string",
     "minLength": 1,
     "maxLength": 1024,
-    # Relative, forward slashes, no '.', '..' or empty part, no drive letter.
-    "pattern": r"^(?!/)(?!.*(^|/)\.{0,2}(/|$))[^\\:]+$",
+    # Relative, forward slashes, no '.', '..' or empty part, no drive letter, no control character.
+    "pattern": r"^(?!/)(?!.*(^|/)\.{0,2}(/|$))[^\\:\u0000-\u001f\u007f]+$",
 }
 _NAME = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
 
@@ -54,7 +55,7 @@ def json_schema() -> dict[str, Any]:
             "path": _PATH,
             "kind": {"enum": [str(kind) for kind in Kind]},
             "size": _COUNT,
-            "header_size": _COUNT,
+            "header_size": _COUNT | {"maximum": LENGTH_BYTES + MAX_HEADER_BYTES},
             "tensors": {"type": "array", "items": tensor},
         },
         {

@@ -4,6 +4,7 @@ Knows bytes and JSON; knows nothing of headers or manifests.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,8 @@ def parse_json(raw: bytes, *, what: str) -> Any:
     """Parse UTF-8 JSON, refusing what readers disagree about or what only an attacker writes.
 
     Refused: bytes that are not UTF-8, duplicate keys (last-wins and first-wins readers would see different
-    documents), NaN and Infinity, numbers of thousands of digits, nesting beyond Python's stack, lone surrogates.
+    documents), NaN and Infinity (also spelled 1e999), numbers of thousands of digits, nesting beyond Python's
+    stack, lone surrogates.
 
     Args:
         raw: The document's bytes.
@@ -28,7 +30,9 @@ def parse_json(raw: bytes, *, what: str) -> Any:
     except UnicodeDecodeError as error:
         raise ManifestError(f"{what}: not UTF-8 at byte {error.start}; the file is damaged or not JSON") from error
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        document = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_float=_finite_float, parse_constant=_refuse_constant
+        )
     except RecursionError as error:
         raise ManifestError(f"{what}: JSON nested too deeply to be a real document") from error
     except ValueError as error:
@@ -64,6 +68,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"key {key[:100]!r} appears twice")
             seen.add(key)
     return result
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is beyond every float")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Which relative paths may be followed below a folder. Everything that a file says about a path passes here."""
 
 import os
+import stat
 from pathlib import Path, PureWindowsPath
 
 from manifests.errors import ManifestError, SourceNotFoundError
@@ -43,7 +44,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
 
     Raises:
         ManifestError: relative is unsafe, or a link leads elsewhere.
-        SourceNotFoundError: There is no such file.
+        SourceNotFoundError: There is no such file, or it is a folder, a FIFO or a device.
     """
     check_relative(relative, what=str(root))
     path = root / relative
@@ -52,9 +53,12 @@ def resolve_inside(root: Path, relative: str) -> Path:
         real_root = Path(os.path.realpath(root, strict=True))
     except OSError as error:
         raise SourceNotFoundError(f"{path}: no such file") from error
-    if real.is_relative_to(real_root) or real.parent == _hub_blobs(real_root):
-        return path
-    raise ManifestError(f"{path}: a link that leaves the folder, to {real}; copy the file there instead")
+    if not real.is_relative_to(real_root) and real.parent != _hub_blobs(real_root):
+        raise ManifestError(f"{path}: a link that leaves the folder, to {real}; copy the file there instead")
+    # Whoever opened a FIFO would wait for ever.
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise SourceNotFoundError(f"{path}: not a regular file")
+    return path
 
 
 def _hub_blobs(root: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from manifests.digest import CHUNK_BYTES, combine, file_digest
 from manifests.dtypes import BITS
 from manifests.errors import ManifestError, Problem
-from manifests.header import MAX_FILE_BYTES, MAX_NAME_CHARS
+from manifests.header import LENGTH_BYTES, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
 from manifests.paths import Kind, Place, parse_path
 from manifests.safety import relative_fault
 from manifests.schema import (
@@ -133,7 +133,7 @@ class _Reader:
         if isinstance(value, str) and 0 < len(value) <= limit:
             return value
         if key in mapping:
-            self._problem(f"{loc}.{key}", "invalid_type", f"must be a text of 1 to {limit} characters")
+            self._problem(_at(loc, key), "invalid_type", f"must be a text of 1 to {limit} characters")
         return ""
 
     def _choice(self, mapping: dict[str, Any], key: str, loc: str, choices: Iterable[str], default: str = "") -> str:
@@ -141,7 +141,7 @@ class _Reader:
         if isinstance(value, str) and value in choices:
             return value
         if key in mapping:
-            self._problem(f"{loc}.{key}", "invalid_value", f"must be one of {', '.join(choices)}")
+            self._problem(_at(loc, key), "invalid_value", f"must be one of {', '.join(choices)}")
         return default
 
     def _count(self, mapping: dict[str, Any], key: str, loc: str, default: int = 0) -> int:
@@ -149,17 +149,18 @@ class _Reader:
         # type() and not isinstance: True is an int in Python and not a size.
         if type(value) is int and 0 <= value <= MAX_FILE_BYTES:
             return value
-        self._problem(f"{loc}.{key}", "invalid_type", f"must be a whole number from 0 to {MAX_FILE_BYTES}")
+        self._problem(_at(loc, key), "invalid_type", f"must be a whole number from 0 to {MAX_FILE_BYTES}")
         return default
 
     def _optional_count(self, mapping: dict[str, Any], key: str, loc: str) -> int | None:
-        return self._count(mapping, key, loc) if mapping.get(key) is not None else None
+        return self._count(mapping, key, loc) if key in mapping else None
 
     def _sha256(self, mapping: dict[str, Any], key: str, loc: str) -> str | None:
         value = mapping.get(key)
-        if value is None or self._is_sha256(value):
+        # An absent one was reported where it must be there; null is not a way to leave one out.
+        if key not in mapping or self._is_sha256(value):
             return value
-        self._problem(f"{loc}.{key}", "invalid_value", "must be 64 lower-case hexadecimal digits")
+        self._problem(_at(loc, key), "invalid_value", "must be 64 lower-case hexadecimal digits")
         return None
 
     @staticmethod
@@ -170,7 +171,7 @@ class _Reader:
         value = mapping.get(key, [])
         if isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_FILE_BYTES for item in value):
             return tuple(value)
-        self._problem(f"{loc}.{key}", "invalid_type", "must be a list of whole numbers from 0")
+        self._problem(_at(loc, key), "invalid_type", "must be a list of whole numbers from 0")
         return ()
 
     def _list(self, mapping: dict[str, Any], key: str, loc: str, read: Callable[[Any, str], T | None]) -> tuple[T, ...]:
@@ -185,7 +186,7 @@ class _Reader:
         path = self._text(mapping, key, loc)
         fault = relative_fault(path) if path else None
         if fault:
-            self._problem(f"{loc}.{key}", "invalid_value", f"path {path!r:.200} {fault}")
+            self._problem(_at(loc, key), "invalid_value", f"path {path!r:.200} {fault}")
         return path
 
     # The parts of the document.
@@ -207,6 +208,7 @@ class _Reader:
         top = self._mapping(document, "", _TOP_KEYS)
         if not top:
             return None
+        self._sha256(top, "manifest_sha256", "")
         layout = self._choice(top, "layout", "", LAYOUTS, "resharded")
         stored = layout == "resharded"
         manifest = Manifest(
@@ -310,6 +312,8 @@ class _Reader:
         packing = {"stored_sha256", "unpacked_size"} & document.keys()
         if (file.codec != "none") != (len(packing) == 2) or (file.codec == "none") != (not packing):
             self._problem(loc, "inconsistent", "codec, stored_sha256 and unpacked_size belong together")
+        if file.header_size > LENGTH_BYTES + MAX_HEADER_BYTES:
+            self._problem(f"{loc}.header_size", "invalid_value", "is larger than any header can be")
         position = file.header_size
         for number, tensor in enumerate(file.tensors):
             if tensor.offset < position or (stored and tensor.offset != position):
@@ -321,7 +325,10 @@ class _Reader:
             self._problem(f"{loc}.size", "inconsistent", f"tensors end at {position}, file at {file.unpacked_size}")
         if not stored:
             return
-        if parse_path(file.path.removesuffix(".zst")) != Place(file.layer, file.kind, file.expert):
+        unpacked_path = file.path if file.codec == "none" else file.path.removesuffix(".zst")
+        if file.codec != "none" and unpacked_path == file.path:
+            self._problem(f"{loc}.path", "inconsistent", "must end in .zst, as the file is compressed")
+        if parse_path(unpacked_path) != Place(file.layer, file.kind, file.expert):
             self._problem(f"{loc}.path", "inconsistent", "does not fit kind, layer and expert")
         digests = [tensor.digest for tensor in file.tensors if tensor.digest is not None]
         complete = file.header_sha256 is not None and len(digests) == len(file.tensors)
@@ -366,7 +373,7 @@ class _Reader:
         return Shard(
             name=self._path(shard, "name", loc),
             size=self._count(shard, "size", loc),
-            sha256=self._sha256(shard, "sha256", loc),
+            sha256=None if shard.get("sha256") is None else self._sha256(shard, "sha256", loc),
             header=self._path(shard, "header", loc),
         )
 
@@ -379,7 +386,10 @@ class _Reader:
             if manifest.layout == "resharded":
                 self._problem("source", "missing_key", "a resharded checkpoint must name its source")
             return
-        self._check_unique("source.shards", "name", (shard.name.casefold() for shard in manifest.source.shards))
+        # What restoring writes: two sources of one file would overwrite each other.
+        restored = [shard.name for shard in manifest.source.shards]
+        restored += [d.source_name for d in manifest.documents if d.source_name and d.role != "source_header"]
+        self._check_unique("source", "name", (name.casefold() for name in restored))
         headers = {document.path for document in manifest.documents if document.role == "source_header"}
         for number, shard in enumerate(manifest.source.shards):
             if shard.header not in headers:
@@ -394,3 +404,7 @@ class _Reader:
                 self._problem(loc, "inconsistent", f"{noun} {value!r:.200} appears twice")
             seen.add(value)
 
+
+def _at(loc: str, key: str) -> str:
+    """The place of a key in an object; the document itself has no name."""
+    return f"{loc}.{key}" if loc else key

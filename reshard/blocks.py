@@ -103,4 +103,6 @@ def write_error(path: Path, error: OSError) -> ToolkitError:
     """The sentence for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(f"{path}: no space left to write it ({error.strerror}); free some and run again")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"{path}: too many files are open; allow more (ulimit -n) or take fewer --jobs")
     return ToolkitError(f"{path}: cannot be written: {error.strerror}")

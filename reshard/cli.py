@@ -158,7 +158,7 @@ def run(
         return
     rate = planned.payload_bytes / seconds
     click.echo(
-        f"{dst}: {len(manifest.files):,} files, {format_bytes(planned.output_bytes)} "
+        f"{printable(str(dst))}: {len(manifest.files):,} files, {format_bytes(planned.output_bytes)} "
         f"in {format_seconds(seconds)}, {format_bytes(rate)}/s"
     )
     if not quiet:
@@ -196,7 +196,7 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
             tensor = f" tensor {finding.tensor}" if finding.tensor else ""
             click.echo(printable(f"{finding.path}:{tensor} bytes {finding.begin}-{finding.end}: {finding.message}"))
         if not findings:
-            click.echo(f"{dst}: {format_bytes(progress.bytes)} read, every digest is right")
+            click.echo(f"{printable(str(dst))}: {format_bytes(progress.bytes)} read, every digest is right")
     if findings:
         raise click.exceptions.Exit(EXIT_DAMAGED)
 
@@ -230,9 +230,10 @@ def restore(dst: Path, out: Path | None, check: bool, jobs: int, as_json: bool, 
         return
     size = format_bytes(sum(shard.size for shard in restored))
     if out is None:
-        click.echo(f"{dst}: all {len(restored)} source shards ({size}) can be rebuilt, every sha256 is the original's")
+        text = f"{dst}: all {len(restored)} source shards ({size}) can be rebuilt, every sha256 is the original's"
     else:
-        click.echo(f"{out}: {len(restored)} shards ({size}) rebuilt, every sha256 is the original's")
+        text = f"{out}: {len(restored)} shards ({size}) rebuilt, every sha256 is the original's"
+    click.echo(printable(text))
 
 
 def _describe_plan(source: SourceCheckpoint, planned: Plan) -> dict[str, Any]:
@@ -257,7 +258,8 @@ def _describe_plan(source: SourceCheckpoint, planned: Plan) -> dict[str, Any]:
 
 
 def _print_plan(document: dict[str, Any]) -> None:
-    click.echo(f"source     {document['source']}: {document['shards']} shards, {document['tensors']:,} tensors to take")
+    source = printable(document["source"])
+    click.echo(f"source     {source}: {document['shards']} shards, {document['tensors']:,} tensors to take")
     click.echo(f"payload    {document['payload_bytes']:,} bytes ({format_bytes(document['payload_bytes'])})")
     click.echo(f"files      {document['files']:,}, of them {document['expert_files']:,} experts")
     click.echo(f"disk       {format_bytes(document['needed_bytes'])} needed")

@@ -6,11 +6,14 @@ Knows folders and files; it must not know tensors, plans or manifests.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
-from manifests.errors import ResourceError, ToolkitError
+from manifests.errors import LockedError, ResourceError, ToolkitError
 from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer, write_error
 from reshard.lock import lock_folder
@@ -54,27 +57,78 @@ def all_or_nothing(destination: Path) -> Iterator[None]:
 
     Raises:
         LockedError: Another process is writing there.
-        ToolkitError: It is not empty, or cannot be made.
+        ToolkitError: It is not empty, or cannot be made, or the disk reports an error.
+        ResourceError: The disk is full.
     """
-    made = not destination.exists()
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(destination, error) from error
-    with lock_folder(destination):
-        # Asked again under the lock: what is found from here on is ours, and so ours to remove.
-        _check_empty(destination)
+    made = [folder for folder in (destination, *destination.parents) if not folder.exists()]
+    with _one_interrupt() as ignore_interrupts:
         try:
-            yield
-        except BaseException:
-            for entry in destination.iterdir():
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-            if made:
-                destination.rmdir()
+            destination.mkdir(parents=True, exist_ok=True)
+            with lock_folder(destination):
+                # Asked again under the lock: what is found from here on is ours, and so ours to remove.
+                _check_empty(destination)
+                try:
+                    yield
+                except BaseException:
+                    ignore_interrupts()
+                    _empty(destination)
+                    raise
+        except LockedError:
             raise
+        except BaseException as failure:
+            ignore_interrupts()
+            _remove_folders(made)
+            if isinstance(failure, OSError) and not isinstance(failure, ToolkitError):
+                raise write_error(destination, failure) from failure
+            raise
+
+
+def _empty(folder: Path) -> None:
+    """Remove all that is in a folder, as far as the disk lets us: the failure that led here is what must be told."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+
+
+def _remove_folders(folders: Iterable[Path]) -> None:
+    """Remove empty folders, the innermost first; one that is not there or was filled by someone else stays."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[Callable[[], None]]:
+    """Let one request to stop through and ignore the next ones: who is impatient would leave half of the cleaning up.
+
+    Yields:
+        What ignores even the first one from now on.
+    """
+    # Only a signal that is handled at all: a process in the background is often told to ignore Ctrl-C.
+    before = {
+        number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))
+    }
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        ignore()
+        raise KeyboardInterrupt
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def copy_file(source: Path, destination: Path) -> tuple[int, str]:

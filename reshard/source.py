@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.header import Header
 from manifests.inventory import SUFFIX, read_config, read_shards
 from manifests.paths import INDEX_NAME, MANIFEST_NAME, OWN_FOLDERS
 from manifests.safety import relative_fault, resolve_inside
+from manifests.storage import TEMP_SUFFIX
 
 OTHER_WEIGHT_SUFFIXES = frozenset(
     {SUFFIX, ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".tflite"}
@@ -77,7 +78,7 @@ def read_source(root: Path) -> SourceCheckpoint:
 def _list_auxiliary(root: Path, shards: Mapping[str, Header]) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
     taken: list[AuxiliaryFile] = []
     left_out: list[str] = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_fail):
         below = Path(folder).relative_to(root)
         for name in sorted(folders):
             if name.startswith(".") or (Path(folder) / name).is_symlink():
@@ -93,12 +94,27 @@ def _list_auxiliary(root: Path, shards: Mapping[str, Header]) -> tuple[tuple[Aux
                 left_out.append(f"{path!r} ({reason})")
                 continue
             first = path.split("/")[0]
-            if first in OWN_FOLDERS:
+            if first.casefold() in OWN_FOLDERS:
                 raise ManifestError(
                     f"{root / path}: a resharded checkpoint needs the folder {first!r} itself; rename it"
                 )
             taken.append(AuxiliaryFile(path=path, size=os.stat(resolve_inside(root, path)).st_size))
+    _check_case(root, [*shards, INDEX_NAME, MANIFEST_NAME, *(file.path for file in taken)])
     return tuple(sorted(taken, key=lambda file: file.path)), tuple(sorted(left_out))
+
+
+def _fail(error: OSError) -> NoReturn:
+    # Left alone, os.walk leaves out a folder that it cannot read, and nobody would miss it.
+    raise error
+
+
+def _check_case(root: Path, paths: list[str]) -> None:
+    """Refuse what a file system that ignores case would write to one file; the manifest could not be read either."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(path.casefold(), path)
+        if other != path:
+            raise ManifestError(f"{root}: {other!r} and {path!r} differ in case alone; rename one of them")
 
 
 def _reason_to_leave_out(root: Path, path: str) -> str | None:
@@ -107,6 +123,8 @@ def _reason_to_leave_out(root: Path, path: str) -> str | None:
         return f"name {fault}"
     if Path(path).suffix.lower() in OTHER_WEIGHT_SUFFIXES:
         return "weights in another form"
+    if path.endswith(TEMP_SUFFIX):
+        return "an unfinished file"
     if not (root / path).is_file() and not (root / path).is_symlink():
         return "not a regular file"
     return None

@@ -6,6 +6,7 @@ name when its last tensor is in and fsynced.
 """
 
 import hashlib
+import resource
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ from reshard.blocks import Reader, Writer
 from reshard.plan import Plan, PlannedFile, PlannedTensor
 from reshard.progress import Progress
 from reshard.workers import StopFlag, run_all
+
+OTHER_OPEN_FILES = 256
+"""Sources, libraries, the terminal: room beside the output files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +116,7 @@ def transfer(
         ResourceError: The disk is full.
     """
     outputs = [_Output(file, destination) for file in plan.files]
+    _allow_open_files(len(outputs))
     work: dict[str, list[tuple[PlannedTensor, _Output]]] = defaultdict(list)
     for output in outputs:
         for tensor in output.plan.tensors:
@@ -138,6 +143,20 @@ def transfer(
     )
 
 
+def _allow_open_files(outputs: int) -> None:
+    """Raise this process's own limit as far as it may be raised.
+
+    A shard that was written by the stock library is sorted by dtype: the first scale of every expert comes before
+    its last weight, so all the files of its experts are open at once. Kimi-K2 has 384 of them in each shard.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = outputs + OTHER_OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _move_shard(
     path: Path,
     header: Header,
@@ -146,6 +165,7 @@ def _move_shard(
     progress: Progress,
     stop: StopFlag,
 ) -> None:
+    before = path.stat()
     reader = Reader(path)
     try:
         # The file must still be the one that was planned from, byte for byte as far as a header can tell.
@@ -166,7 +186,9 @@ def _move_shard(
                 offset += len(block)
                 progress.advance(len(block))
             output.finish_tensor(tensor.name, hasher.chunks())
-        if path.stat().st_size != header.file_bytes:
-            raise ManifestError(f"{path}: its size changed while it was read; run again")
+        after = path.stat()
+        is_same = (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+        if not is_same or after.st_size != header.file_bytes:
+            raise ManifestError(f"{path}: changed while it was read; run again when nothing writes to it")
     finally:
         reader.close()

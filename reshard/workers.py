@@ -41,17 +41,34 @@ def run_all(work: Callable[[Job, StopFlag], Result], jobs: Iterable[Job], *, wor
     The first exception, or Ctrl-C, stops the other workers at their next block and is raised when all have ended.
     """
     stop = StopFlag()
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        futures = [pool.submit(work, job, stop) for job in jobs]
+    # Counted here as well: the pool does not know of a thread whose start was interrupted, and nothing may still be
+    # written when the caller removes what was.
+    lock = threading.Condition()
+    running = 0
+
+    def counted(job: Job) -> Result:
+        nonlocal running
+        with lock:
+            stop.check()
+            running += 1
         try:
+            return work(job, stop)
+        finally:
+            with lock:
+                running -= 1
+                lock.notify_all()
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        try:
+            futures = [pool.submit(counted, job) for job in jobs]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            # Reached with work left only after a failure or an interrupt.
-            if not all(future.done() and not future.exception() for future in futures):
+            # Work is left here only after a failure or an interrupt, which may also come while jobs are submitted.
+            with lock:
                 stop.set()
-                for future in futures:
-                    future.cancel()
-                wait(futures)
+            pool.shutdown(cancel_futures=True)
+            with lock:
+                lock.wait_for(lambda: running == 0)
     failures = [error for future in futures if not future.cancelled() and (error := future.exception())]
     for error in failures:
         if not isinstance(error, StoppedError):

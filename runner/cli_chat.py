@@ -103,6 +103,11 @@ def chat(
                     if not terminal.interactive:
                         raise
                     click.echo(f"runner: {error}", err=True)
+                except KeyboardInterrupt:
+                    # Just before or after the answer, where nothing is left to stop.
+                    if not terminal.interactive:
+                        raise
+                    click.echo(err=True)
 
 
 def _take_turn(

@@ -15,7 +15,7 @@ import click
 
 from manifests.console import format_bytes, format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
-from runner.cli_options import compute_options, model_option, note, read_text, set_threads, threads_option
+from runner.cli_options import model_option, note, read_text, set_threads, threads_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ TOP = 5
     show_default=True,
     help="What activations are rounded to before each product.",
 )
-@compute_options
+@threads_option
 @json_option
 @quiet_option
 def logits(
@@ -50,7 +50,6 @@ def logits(
     ids: str | None,
     out: str | None,
     dtype: str,
-    ctx: int | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -74,7 +73,7 @@ def logits(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, dtype=getattr(torch, dtype))
+    loaded = LoadedModel(model, dtype=getattr(torch, dtype))
     read = wanted if prompt is None else loaded.text.encode(prompt)
     logits_TV = loaded.logits(read)
     if out is not None:
@@ -97,7 +96,9 @@ def logits(
 
 @click.command("eval")
 @model_option
-@click.option("-f", "--file", "files", multiple=True, required=True, metavar="FILE", help="A text; may be repeated.")
+@click.option(
+    "-f", "--file", "files", multiple=True, required=True, metavar="FILE", help="A text; may be repeated; - is stdin."
+)
 @click.option(
     "--ctx",
     type=click.IntRange(min=2),
@@ -122,6 +123,9 @@ def eval_command(
     Every token after the first is predicted exactly once. Each file is a text of its own.
     """
     texts = {path: read_text(path) for path in files}
+    for path, text in texts.items():
+        if not text:
+            raise ToolkitError(f"{path}: empty; there is nothing to predict")
     from tqdm import tqdm
 
     from runner.evaluate import Evaluation, evaluate, total
@@ -136,8 +140,6 @@ def eval_command(
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=tokens, unit="token", leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
         for path, text in texts.items():
-            if not text:
-                raise ToolkitError(f"{path}: empty; there is nothing to predict")
             found[path] = evaluate(
                 loaded.model, ids[path], ctx=ctx, text_bytes=len(text.encode("utf-8")), on_tokens=bar.update
             )

@@ -18,7 +18,7 @@ import manifests
 from manifests.check import check_files
 from manifests.console import format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
-from runner import machine
+from runner import demo, machine
 from runner.config import ModelConfig
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
@@ -176,8 +176,6 @@ class _Findings:
 
 
 def _examine_model(path: str | Path | None, found: _Findings, *, can_import: bool) -> ModelFacts:
-    from runner import demo
-
     facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
     if not can_import:
         return facts

@@ -93,8 +93,7 @@ def _memory(root: Path, groups: list[Path]) -> tuple[int | None, int | None]:
     total, available = info.get("MemTotal"), info.get("MemAvailable")
     for group in groups:
         limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
-        # Version 1 writes "no limit" as a number near 2^63.
-        if limit is None or limit >= 1 << 60:
+        if limit is None:
             continue
         used = _number(group / "memory.current", group / "memory.usage_in_bytes") or 0
         # Pages of files that are not in use are given back under pressure; they are not what is taken.

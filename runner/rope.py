@@ -104,7 +104,7 @@ def _ramp_ends(dim: int, base: float, yarn: YarnScaling) -> tuple[float, float]:
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_of(yarn.beta_slow)), dim - 1)
-    # Kimi-K2 has beta_fast = beta_slow, and a small R can bring both ends together: the ramp becomes a step.
+    # With beta_fast = beta_slow, as in Kimi-K2, the ends are one pair apart or meet; where they meet, 0/0 waits.
     return low, high + 0.001 if low == high else high
 
 

@@ -71,10 +71,9 @@ def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     # In order of id, not of weight: a rounding error that swaps two neighbours in rank changes nothing here.
     total = weight_V[kept].cumsum(0)
     target = uniform(params.seed, position) * total[-1]
-    # The first id whose running total exceeds the target; one of weight zero never does so first. The product
-    # can round up to the total itself, hence the bound.
-    index = min(int(torch.searchsorted(total, target, right=True)), len(kept) - 1)
-    return int(kept[index])
+    # The first id whose running total exceeds the target. There is one: the total is at least 1, and times any
+    # number below 1 it comes out smaller even when rounded.
+    return int(kept[torch.searchsorted(total, target, right=True)])
 
 
 def uniform(seed: int, position: int) -> float:

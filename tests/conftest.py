@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from safetensors import TensorSpec, serialize_file
 
 from manifests.cli import manifests as manifests_group
@@ -31,6 +32,17 @@ from reshard.progress import Progress
 from reshard.run import reshard_checkpoint
 from reshard.source import read_source
 from runner.demo.shards import StoredTensor, split, write, write_file
+
+# The same examples on every machine and no clock: a busy machine is no bug.
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("house")
 
 INDEX = "model.safetensors.index.json"
 AUXILIARY = {
@@ -281,9 +293,7 @@ def stamps(root: Path) -> dict[str, tuple[int, int, int]]:
     """Inode, size and time of change of everything below root and of root: what any writing would touch."""
     paths = [root, *(Path(folder) / name for folder, folders, files in os.walk(root) for name in folders + files)]
     return {
-        str(path): (status.st_ino, status.st_size, status.st_ctime_ns)
-        for path in paths
-        if (status := path.lstat())
+        str(path): (status.st_ino, status.st_size, status.st_ctime_ns) for path in paths if (status := path.lstat())
     }
 
 
@@ -299,6 +309,14 @@ def reshard_folder(source: Path, destination: Path, selection: Selection | None 
         plan = make_plan(found, selection or Selection())
         reshard_checkpoint(found, plan, destination, jobs=jobs, progress=progress)
     return destination
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fsync_takes_no_time() -> Iterator[None]:
+    """On a busy disk one fsync may take longer than a test. That it is called, and when, is what tests can see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -388,6 +406,20 @@ class Result:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """End a test that hangs: whoever opens a FIFO without asking would wait for ever."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError("still waiting after 20 seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from runner.demo.tokenizer import BOS_ID
 
+# How byte-level vocabularies write a blank.
+_BLANK = "\u0120"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
@@ -46,6 +49,34 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Stream:
     )
 
 
+def loosen(stream: Stream, tokenizer: Tokenizer, generator: torch.Generator, *, share: float = 0.1) -> Stream:
+    """Cut some words off the blank before them, at random places in the stream.
+
+    The tokenizer joins a blank to the word that follows, so a text never has a blank of its own before a word. A
+    prompt such as "import " ends in one, and a model that has not seen it continues with anything but a module.
+
+    Args:
+        stream: The text as the tokenizer cuts it.
+        tokenizer: The tokenizer.
+        generator: Source of the places.
+        share: Part of the words to cut off, of those that are tokens without their blank too.
+    """
+    blank = tokenizer.token_to_id(_BLANK)
+    word_of = torch.full((tokenizer.get_vocab_size(),), -1)
+    for token, token_id in tokenizer.get_vocab().items():
+        word = tokenizer.token_to_id(token[1:]) if token.startswith(_BLANK) else None
+        # Runs of blanks are indentation, which a prompt ends in as it is.
+        if word is not None and not token[1:].startswith(_BLANK):
+            word_of[token_id] = word
+    cut = (word_of[stream.ids] >= 0) & (torch.rand(len(stream.ids), generator=generator) < share)
+    sizes = 1 + cut.long()
+    starts = sizes.cumsum(0) - sizes
+    ids = stream.ids.repeat_interleave(sizes)
+    ids[starts[cut]] = blank
+    ids[starts[cut] + 1] = word_of[stream.ids[cut]]
+    return Stream(ids=ids, text_bytes=stream.text_bytes, line_starts=starts[stream.line_starts])
+
+
 def windows(stream: Stream, starts: Tensor, length: int) -> Tensor:
     """A BOS and `length` + 1 tokens from each of `starts` [B] -> [B, length + 2]."""
     positions = starts.unsqueeze(1) + torch.arange(-1, length + 1)
@@ -63,7 +94,8 @@ def training_starts(stream: Stream, length: int, generator: torch.Generator) -> 
     while True:
         offset = 1 + int(torch.randint(0, length, (1,), generator=generator))
         starts = torch.arange(offset, last, length)
-        starts = stream.line_starts[torch.searchsorted(stream.line_starts, starts)].clamp(max=last)
+        lines = torch.searchsorted(stream.line_starts, starts).clamp(max=len(stream.line_starts) - 1)
+        starts = stream.line_starts[lines].clamp(max=last)
         yield from starts[torch.randperm(len(starts), generator=generator)].tolist()
 
 

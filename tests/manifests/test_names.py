@@ -85,9 +85,7 @@ def rebuild(name: str) -> str:
 
 
 @pytest.mark.parametrize(("text", "layer", "role", "expert", "projection", "part"), KNOWN, ids=[k[0] for k in KNOWN])
-def test_known_names(
-    text: str, layer: int | None, role: Role, expert: int | None, projection: str, part: str
-) -> None:
+def test_known_names(text: str, layer: int | None, role: Role, expert: int | None, projection: str, part: str) -> None:
     name = parse_name(text)
     assert (name.layer, name.role, name.expert, name.projection, name.part) == (layer, role, expert, projection, part)
     assert rebuild(text) == name.text == text
@@ -108,9 +106,40 @@ def test_an_unknown_name_keeps_its_layer() -> None:
 
 
 _PIECE = st.sampled_from(
-    "model layers self_attn mlp experts shared_experts gate gate_proj up_proj down_proj q_proj o_proj embed_tokens norm "
-    "lm_head weight bias weight_scale_inv e_score_correction_bias input_layernorm enorm shared_head head 0 3 07 61 "
-    "99999 rotary_emb inv_freq indexer wk".split()
+    [
+        "model",
+        "layers",
+        "self_attn",
+        "mlp",
+        "experts",
+        "shared_experts",
+        "gate",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "q_proj",
+        "o_proj",
+        "embed_tokens",
+        "norm",
+        "lm_head",
+        "weight",
+        "bias",
+        "weight_scale_inv",
+        "e_score_correction_bias",
+        "input_layernorm",
+        "enorm",
+        "shared_head",
+        "head",
+        "0",
+        "3",
+        "07",
+        "61",
+        "99999",
+        "rotary_emb",
+        "inv_freq",
+        "indexer",
+        "wk",
+    ]
 )
 
 

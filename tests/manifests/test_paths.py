@@ -29,9 +29,7 @@ def test_a_path_leads_back_to_its_place(place: Place, max_layer: int, max_expert
 def test_paths_of_one_model_sort_as_numbers_do(largest: int, data: st.DataObject) -> None:
     a, b = data.draw(st.integers(0, largest)), data.draw(st.integers(0, largest))
     widths = Widths.for_numbers(largest, largest)
-    assert (a < b) == (
-        format_path(Place(a, Kind.EXPERT, a), widths) < format_path(Place(b, Kind.EXPERT, b), widths)
-    )
+    assert (a < b) == (format_path(Place(a, Kind.EXPERT, a), widths) < format_path(Place(b, Kind.EXPERT, b), widths))
 
 
 def test_deepseek_v3s_paths() -> None:

@@ -18,7 +18,20 @@ REFUSED = [
     "a:b", "file:///a", "a\0b", "a\nb", "a\tb", "\x7f", "a\u202eb", "a\u2028b", "a\udcffb", "x" * 1025,
 ]  # fmt: skip
 
-ALLOWED = ["a", "a.b", "..a", "a..", "...", ".hidden", "a/b/c.safetensors", "a b", "~", "~root/x", "-rf", "\u00fcber/\u6a21"]
+ALLOWED = [
+    "a",
+    "a.b",
+    "..a",
+    "a..",
+    "...",
+    ".hidden",
+    "a/b/c.safetensors",
+    "a b",
+    "~",
+    "~root/x",
+    "-rf",
+    "\u00fcber/\u6a21",
+]
 
 
 @pytest.mark.parametrize("path", REFUSED)
@@ -136,7 +149,9 @@ def test_nothing_else_of_the_hub_cache_may_be(snapshot: Path, tmp_path: Path) ->
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)
     (other / "0a1b").write_text("another model's")
-    for number, target in enumerate(["../../refs/main", "../../blobs/deeper/x", "../../../models--org--other/blobs/0a1b"]):
+    for number, target in enumerate(
+        ["../../refs/main", "../../blobs/deeper/x", "../../../models--org--other/blobs/0a1b"]
+    ):
         (snapshot / f"link{number}").symlink_to(target)
         with pytest.raises(ManifestError, match="leaves the folder"):
             resolve_inside(snapshot, f"link{number}")

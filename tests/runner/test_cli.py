@@ -40,7 +40,7 @@ OPTIONS = {
     "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop --ctx "
     "--threads --json --quiet",
     "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --threads --quiet",
-    "logits": "--model --prompt --ids --out --dtype --ctx --threads --json --quiet",
+    "logits": "--model --prompt --ids --out --dtype --threads --json --quiet",
     "eval": "--model --file --ctx --threads --json --quiet",
     "doctor": "--model --json",
 }

@@ -60,7 +60,7 @@ def test_the_system_message_is_read(tiny: Path, call: Call) -> None:
 
 def test_a_model_without_template_is_refused_at_once(tiny_copy: Path, call: Call, change: Change) -> None:
     change(tiny_copy, "tokenizer_config.json", chat_template=None)
-    result = call("chat", "-m", tiny_copy, stdin="hello\n")
+    result = call("chat", "-m", tiny_copy, stdin="")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "runner generate" in result.stderr
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from manifests.errors import ToolkitError
 from runner.conversation import Conversation
@@ -83,6 +85,21 @@ def test_r1_reads_the_conversation_without_earlier_thoughts(text_with: Callable[
     assert text.decode(after.ids, control_tokens=True) == (
         f"{BOS}{USER}Hi{ASSISTANT}Hello.{EOS}{USER}Why?{ASSISTANT}<think>\n"
     )
+
+
+def test_thoughts_are_found_where_their_token_is_a_hidden_one(text_folder: Folder, tokenizer: Tokenizer) -> None:
+    """Then the answer that people see lacks `</think>`, but the template must still find it."""
+    config = {"bos_token": BOS, "eos_token": EOS, "chat_template": R1}
+    folder = text_folder(tokenizer_config=config)
+    document = json.loads(tokenizer.to_str())
+    for token in document["added_tokens"]:
+        token["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    text = Text.from_checkpoint(folder)
+    conversation = Conversation(text)
+    conversation.answered(conversation.ask("Hi"), text.encode("hm</think>Hello.", add_bos=False))
+    after = text.decode(conversation.ask("Why?").ids, control_tokens=True)
+    assert after == f"{BOS}{USER}Hi{ASSISTANT}Hello.{EOS}{USER}Why?{ASSISTANT}<think>\n"
 
 
 def test_the_blank_before_a_v2_answer_is_written_once(text_with: Callable[[str], Text]) -> None:

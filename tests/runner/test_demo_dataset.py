@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from runner.demo.dataset import Stream, evaluation_starts, tokenize, training_starts, windows
+from runner.demo.dataset import Stream, evaluation_starts, loosen, tokenize, training_starts, windows
 from runner.demo.tokenizer import BOS, BOS_ID, CONTROL_TOKENS, EOS, PAD, THINK_TOKENS, train_tokenizer
 
 TEXTS = ["import os\nx = 1234\n", "def f():\n    return x\n"]
@@ -45,6 +45,23 @@ def test_a_stream_has_a_bos_before_each_text_and_knows_its_lines(tokenizer: Toke
     first_lines = [tokenizer.decode(line, skip_special_tokens=False).split("\n")[0] for line in lines]
     assert first_lines == ["import os", "x = 1234", f"{BOS}def f():", "def f():", "    return x"]
     assert [position.item() for position in (stream.ids == BOS_ID).nonzero()] == [0, stream.line_starts[2]]
+
+
+def test_a_loosened_stream_is_the_same_text_with_words_cut_off_their_blanks() -> None:
+    text = "return x\n    return x\nx x\n" * 50
+    tokenizer = train_tokenizer([text], 285)
+    stream = tokenize(tokenizer, [text])
+    loose = loosen(stream, tokenizer, torch.Generator().manual_seed(0), share=0.5)
+    assert tokenizer.decode(loose.ids.tolist()) == text
+    # " x" and " return" are tokens, with and without their blank; the blanks of an indentation stay together.
+    joined, cut = (tokenizer.token_to_id(token) for token in ("\u0120x", "\u0120"))
+    assert (stream.ids == joined).sum() == 150
+    assert 50 < (loose.ids == joined).sum() < 100
+    words = {tokenizer.token_to_id("x"), tokenizer.token_to_id("return")}
+    after = {following for token, following in pairwise(loose.ids.tolist()) if token == cut}
+    assert after == words
+    first_words = [tokenizer.decode(loose.ids[start:].tolist()).split("\n")[0] for start in loose.line_starts]
+    assert first_words == text.splitlines()
 
 
 def test_windows_begin_with_a_bos_in_place_of_the_token_before() -> None:

@@ -103,12 +103,18 @@ def test_an_unsupported_model(tiny_copy: Path, change: Callable[..., None]) -> N
 
 
 def test_every_fault_is_found_and_the_first_decides(tiny_copy: Path, change: Callable[..., None]) -> None:
-    change(tiny_copy, "config.json", num_hidden_layers=5)
+    change(tiny_copy, "config.json", model_type="deepseek_v4")
     change(tiny_copy, "generation_config.json", do_sample=True, temperature=-1)
     (tiny_copy / "tokenizer.json").unlink()
     report = examine(tiny_copy)
-    assert problems(report) == [("tensors", 12), ("tokenizer", 10), ("sampling", 12)]
-    assert report.exit_code == 12
+    assert problems(report) == [("config", 14), ("tokenizer", 10), ("sampling", 12)]
+    assert report.exit_code == 14
+
+
+def test_missing_tensors(tiny_copy: Path, change: Callable[..., None]) -> None:
+    change(tiny_copy, "config.json", num_hidden_layers=5)
+    report = examine(tiny_copy)
+    assert problems(report) == [("tensors", 12)]
     assert "model.layers.3.self_attn.q_a_proj.weight" in report.problems[0].message
 
 

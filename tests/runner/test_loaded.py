@@ -91,6 +91,17 @@ def test_what_was_held_back_for_a_stop_comes_at_the_end(loaded: LoadedModel) -> 
     assert "".join(loaded.start(ids, max_tokens=12, stops=[whole[-1] + "never"])) == whole
 
 
+def test_an_end_inside_a_character_is_shown(loaded: LoadedModel) -> None:
+    ids = loaded.text.encode("hello")
+    ends = []
+    for max_tokens in range(1, 25):
+        generation = loaded.start(ids, max_tokens=max_tokens)
+        text = "".join(generation)
+        assert text == loaded.text.decode(generation.ids)
+        ends.append(text[-1:])
+    assert "\ufffd" in ends  # else this test sees nothing
+
+
 def test_it_ends_when_the_context_is_full(tiny_checkpoint: Path, loaded: LoadedModel) -> None:
     ids = loaded.text.encode("hello")
     small = LoadedModel(tiny_checkpoint, ctx=len(ids) + 4)

@@ -49,11 +49,15 @@ def test_kimi_ramp_is_a_step(tiny_configs: dict[str, Config]) -> None:
     assert kept.tolist() == sorted(kept.tolist(), reverse=True)
 
 
-@pytest.mark.parametrize("rotary", [2, 4, 16])
-def test_ramp_ends_may_coincide(tiny_configs: dict[str, Config], rotary: int) -> None:
-    config = tiny_configs["v3"] | {"qk_rope_head_dim": rotary}
-    config["rope_scaling"] = config["rope_scaling"] | {"beta_fast": 1, "beta_slow": 1}
-    assert frequencies(ModelConfig.from_dict(config)).isfinite().all()
+def test_ramp_ends_may_coincide(reference: SimpleNamespace, tiny_configs: dict[str, Config]) -> None:
+    """A context of 6 is just under one turn of the first pair: both ends fall on pair 0, and its ramp is 0/0."""
+    short = {"beta_fast": 1, "beta_slow": 1, "original_max_position_embeddings": 6}
+    raw = tiny_configs["v3"] | {"rope_scaling": tiny_configs["v3"]["rope_scaling"] | short}
+    frequency = frequencies(ModelConfig.from_dict(raw))
+    expected = torch.tensor(reference.deepseek.frequencies(raw))
+    assert expected[0] == 1
+    assert expected[1] < 1 / 40
+    torch.testing.assert_close(frequency, expected)
 
 
 @pytest.mark.parametrize("family", ["v3", "kimi", "moonlight", "v2_lite"])

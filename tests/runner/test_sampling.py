@@ -103,6 +103,11 @@ def test_both_ends_of_the_interval(monkeypatch: pytest.MonkeyPatch, number: floa
     assert sample(logits, SamplingParams(temperature=1.0), 0) == (1 if number == 0 else 3)
 
 
+def test_each_token_owns_its_lower_bound_and_not_its_upper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.sampling.uniform", lambda seed, position: 0.5)
+    assert sample(torch.zeros(2), SamplingParams(temperature=1.0), 0) == 1
+
+
 def test_a_tiny_temperature_is_greedy_and_not_a_crash() -> None:
     assert set(draws(SamplingParams(temperature=1e-300), torch.tensor([1.0, 3.0, 2.0]), 20)) == {1}
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner.text import StopScanner, Text
@@ -46,6 +47,13 @@ def test_bos_comes_first_once(text: Text, tokenizer: Tokenizer) -> None:
     assert text.encode(BOS + "hello") == [0, *plain]
     assert text.encode(BOS + BOS) == [0, 0]  # what the user writes out is kept
     assert text.encode("") == [0]
+
+
+def test_a_post_processor_adds_no_second_bos(tokenizer: Tokenizer) -> None:
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    assert text_of(own).encode("hello") == text_of(tokenizer).encode("hello")
+    assert 0 not in text_of(own).encode("hello", add_bos=False)
 
 
 def test_bos_is_left_out_where_the_model_wants_none(tokenizer: Tokenizer) -> None:

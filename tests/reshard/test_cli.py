@@ -1,0 +1,230 @@
+"""The resharder's commands: what they print, what `--json` promises, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from reshard.cli import NumberList
+
+Program = Callable[..., Any]
+Tree = Callable[[Path], dict[str, str]]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("3", (3,)), ("0,5-9", (0, 5, 6, 7, 8, 9)), ("9,1,1,9", (1, 9)), ("3-3", (3,)), (" 1 , 2-3 ", (1, 2, 3)),
+        ("007", (7,)), ("5-6,6-7", (5, 6, 7)),
+    ],
+)  # fmt: skip
+def test_lists_of_numbers(text: str, numbers: tuple[int, ...]) -> None:
+    assert NumberList().convert(text, None, None) == numbers
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", "1,", "-1", "1-", "5-3", "a", "1;2", "1 2", "1.5", "99999", "\u0663", "1-2-3", "0x1"]
+)
+def test_what_is_no_list_of_numbers(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a list of numbers"):
+        NumberList().convert(text, None, None)
+
+
+PLAN_KEYS = {
+    "source", "shards", "tensors", "left_out_tensors", "payload_bytes", "files", "expert_files", "needed_bytes",
+    "read_bytes_per_s", "seconds", "auxiliary", "left_out", "unknown_tensors",
+}  # fmt: skip
+
+
+def test_plan(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree, v3_bytes: dict[str, bytes]) -> None:
+    result = program("reshard", "plan", v3_folder, tmp_path / "out", "--json")
+    assert (result.code, result.err) == (0, "")
+    plan = result.json
+    assert plan.keys() == PLAN_KEYS
+    assert (plan["tensors"], plan["payload_bytes"]) == (len(v3_bytes), sum(map(len, v3_bytes.values())))
+    assert (plan["files"], plan["expert_files"], plan["left_out_tensors"]) == (33 + 4 + 3 + 2, 33, 0)
+    assert plan["seconds"] is None  # too small to measure a disk with
+    assert plan["unknown_tensors"]["model.layers.2.gain"] == "layers/2/dense.safetensors"
+    assert "'pytorch_model.bin' (weights in another form)" in plan["left_out"]
+    assert "LICENSE" in plan["auxiliary"]
+    text = program("reshard", "plan", v3_folder).out
+    assert f"payload    {plan['payload_bytes']:,} bytes" in text
+    assert "unknown    vision_tower.proj.weight is kept in model/dense.safetensors" in text
+    assert "left out   'consolidated.safetensors' (weights in another form)" in text
+    assert tree(tmp_path) == {}
+
+
+def test_plan_measures_a_disk_that_is_large_enough(program: Program, tmp_path: Path) -> None:
+    size = 20_000_000
+    header = b'{"lm_head.weight":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(header) + size)
+    plan = program("reshard", "plan", tmp_path, "--json").json
+    assert plan["seconds"] == pytest.approx(2 * size / plan["read_bytes_per_s"])
+    assert "time       about" in program("reshard", "plan", tmp_path).out
+
+
+def test_plan_of_a_part(program: Program, v3_folder: Path) -> None:
+    plan = program("reshard", "plan", v3_folder, "--layers", "1-2", "--experts", "0,10", "--json").json
+    assert plan["expert_files"] == 4
+    assert plan["left_out_tensors"] > 0
+    assert "selection  leaves out" in program("reshard", "plan", v3_folder, "--layers", "1").out
+
+
+def test_run(program: Program, v3_folder: Path, v3_resharded: Path, tmp_path: Path, tree: Tree) -> None:
+    result = program("reshard", "run", v3_folder, tmp_path / "a", "--json", "--jobs", 3)
+    assert (result.code, result.err) == (0, "")
+    assert result.json.keys() == {"path", "files", "documents", "bytes", "seconds", "unknown_tensors", "left_out"}
+    assert result.json["path"] == str(tmp_path / "a")
+    assert result.json["files"] == 42
+    assert len(result.json["unknown_tensors"]) == 3
+    assert tree(tmp_path / "a") == tree(v3_resharded)
+    result = program("reshard", "run", v3_folder, tmp_path / "b")
+    assert result.out.startswith(f"{tmp_path}/b: 42 files, ")
+    assert result.out.count("\n") == 1
+    assert "note: model.layers.2.gain is a name that no rule knows; kept in layers/2/dense.safetensors" in result.err
+    assert f"next: reshard restore {tmp_path}/b --check" in result.err
+    assert program("reshard", "run", v3_folder, tmp_path / "c", "-q").err == ""
+
+
+def test_a_dry_run_is_a_plan(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree) -> None:
+    dry = program("reshard", "run", v3_folder, tmp_path / "out", "--dry-run", "--json")
+    assert dry.json == program("reshard", "plan", v3_folder, tmp_path / "out", "--json").json
+    assert "payload " in program("reshard", "run", v3_folder, tmp_path / "out", "--dry-run").out
+    assert tree(tmp_path) == {}
+
+
+def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_folder: Path) -> None:
+    result = program("reshard", "verify", v3_resharded)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith("read, every digest is right\n")
+    result = program("reshard", "verify", v3_resharded, "--against", v3_folder, "--json")
+    assert (result.code, result.json) == (0, {"path": str(v3_resharded), "ok": True, "damage": []})
+    raw = bytearray((resharded_copy / "model/embed.safetensors").read_bytes())
+    raw[4096] ^= 1
+    (resharded_copy / "model/embed.safetensors").write_bytes(raw)
+    result = program("reshard", "verify", resharded_copy, "--json")
+    assert result.code == 13
+    assert result.json == {
+        "path": str(resharded_copy),
+        "ok": False,
+        "damage": [
+            {
+                "path": "model/embed.safetensors", "tensor": "model.embed_tokens.weight", "begin": 4096,
+                "end": 4096 + 67 * 136 * 2, "message": "its bytes are damaged",
+            }
+        ],
+    }  # fmt: skip
+    result = program("reshard", "verify", resharded_copy)
+    assert (result.code, result.err) == (13, "")
+    where = f"model/embed.safetensors: tensor model.embed_tokens.weight bytes 4096-{4096 + 67 * 136 * 2}"
+    assert result.out == f"{where}: its bytes are damaged\n"
+
+
+def test_verify_against_another_model(program: Program, v3_resharded: Path, v2_folder: Path) -> None:
+    result = program("reshard", "verify", v3_resharded, "--against", v2_folder)
+    assert result.code == 13
+    assert "model-00001-of" in result.out
+
+
+def test_restore(program: Program, v3_resharded: Path, v3_folder: Path, tmp_path: Path) -> None:
+    result = program("reshard", "restore", v3_resharded, "--check", "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.json.keys() == {"path", "shards"}
+    assert result.json["shards"][0].keys() == {"name", "size", "sha256"}
+    assert result.json["path"] == str(v3_resharded)
+    shards = len(list(v3_folder.glob("model-*.safetensors")))
+    assert f"all {shards} source shards" in program("reshard", "restore", v3_resharded, "--check").out
+    result = program("reshard", "restore", v3_resharded, tmp_path / "a")
+    assert result.out.startswith(f"{tmp_path}/a: {shards} shards")
+    assert program("reshard", "restore", v3_resharded, tmp_path / "b", "--json").json["path"] == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["restore", "x"], ["restore", "x", "y", "--check"], ["run", "x"], ["plan"], ["verify"], ["repair"],
+        ["run", "x", "y", "--jobs", "0"], ["run", "x", "y", "--jobs", "65"], ["run", "x", "y", "--layers", "5-3"],
+        ["run", "x", "y", "--force"],
+    ],
+)  # fmt: skip
+def test_usage(program: Program, arguments: list[str]) -> None:
+    result = program("reshard", *arguments)
+    assert (result.code, result.out) == (2, "")
+
+
+@pytest.mark.parametrize("command", [["plan"], ["run"], ["verify"], ["restore"]])
+def test_what_is_not_there(program: Program, command: list[str], tmp_path: Path, tree: Tree) -> None:
+    more = {"run": [tmp_path / "out"], "restore": [tmp_path / "out"]}.get(command[0], [])
+    result = program("reshard", *command, tmp_path / "absent", *more)
+    assert (result.code, result.out, result.err.count("\n")) == (10, "", 1)
+    assert tree(tmp_path) == {}
+
+
+def test_a_selection_of_what_is_not_there(program: Program, v3_folder: Path, tmp_path: Path) -> None:
+    result = program("reshard", "run", v3_folder, tmp_path / "out", "--layers", "61")
+    assert (result.code, result.out) == (12, "")
+    assert "the checkpoint has no layer 61" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+ONE_AFTER_THE_OTHER = r"""
+import sys
+from reshard.cli import reshard
+source, out = sys.argv[1:]
+run = ["run", source, out]
+for arguments in (run, ["verify", out], ["restore", out, "--check"], ["plan", out], run):
+    try:
+        reshard.main(arguments, prog_name="reshard")
+    except SystemExit as ended:
+        print(f"exit {ended.code}", flush=True)
+"""
+
+
+def test_a_path_that_is_not_utf8(v2_folder: Path, tmp_path: Path) -> None:
+    """It cannot be printed as it is, and that is no reason to fail when all the work is done."""
+    out = os.fsencode(tmp_path) + b"/\xff\x1b[2J"
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, v2_folder, out], capture_output=True, check=False, text=True
+    )
+    assert "Traceback" not in result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("exit")] == [
+        "exit 0", "exit 0", "exit 0", "exit 12", "exit 1",
+    ]  # fmt: skip
+    assert result.stdout.count("\\udcff\\x1b[2J") == 3
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_progress_is_drawn_on_terminals_only(v3_folder: Path, tmp_path: Path) -> None:
+    for quiet in (False, True):
+        master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 100))
+        command = [sys.executable, "-m", "reshard", "run", str(v3_folder), str(tmp_path / str(quiet))]
+        process = subprocess.Popen(
+            [*command, "--json", *(["-q"] if quiet else [])], stdout=subprocess.PIPE, stderr=slave
+        )
+        os.close(slave)
+        drawn = b""
+        while True:
+            try:
+                part = os.read(master, 4096)
+            except OSError:  # how Linux says that the other side is closed
+                break
+            if not part:
+                break
+            drawn += part
+        out, _ = process.communicate()
+        os.close(master)
+        assert process.returncode == 0
+        json.loads(out)
+        assert (b"reshard" in drawn and b"B/s" in drawn) is not quiet
