@@ -11,7 +11,7 @@ PIP_ARGS ?=
 MODEL ?=
 # Where MODEL is resharded to; beside it when empty.
 OUT ?=
-PROMPT ?= def read_lines(path):
+PROMPT ?= def read_lines(path
 TOKENS ?= 60
 
 BIN := $(VENV)/bin
@@ -62,7 +62,7 @@ run-inference: $(VENV)/.base
 	    $(BIN)/reshard run "$$model" "$$out"; \
 	fi; \
 	$(BIN)/manifests show "$$out"; \
-	echo; \
+	printf '\n%s' "$$PROMPT"; \
 	$(BIN)/runner generate -m "$$out" -p "$$PROMPT" -n "$$TOKENS"
 
 test: $(VENV)/.dev

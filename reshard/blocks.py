@@ -15,11 +15,12 @@ BLOCK_BYTES = 8 << 20
 
 
 class Reader:
-    """One open file and one buffer, reused for every block."""
+    """One open file and one buffer, reused for every block; it grows to what the largest range asks for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._buffer = memoryview(bytearray(BLOCK_BYTES))
+        # Most files of a small checkpoint are smaller than a block, and clearing one takes as long as reading it.
+        self._buffer = memoryview(bytearray(0))
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -36,6 +37,8 @@ class Reader:
             IntegrityError: The file ends before the range does.
             ToolkitError: The disk reports an error.
         """
+        if len(self._buffer) < min(size, BLOCK_BYTES):
+            self._buffer = memoryview(bytearray(min(size, BLOCK_BYTES)))
         end = begin + size
         while begin < end:
             view = self._buffer[: min(BLOCK_BYTES, end - begin)]

@@ -114,8 +114,9 @@ class Engine:
         return hidden
 
     def _rewind(self, length: int) -> None:
-        self._cache.truncate(length)
+        # In this order: an interrupt between the two leaves fewer ids than positions, which the next call mends.
         del self._held[length:]
+        self._cache.truncate(length)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

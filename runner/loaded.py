@@ -189,6 +189,12 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
         raise SourceNotFoundError(
             f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
         )
+    if missing := checkpoint.missing_scales():
+        # Said now, and not after minutes, when a token first needs one of them.
+        raise ManifestError(
+            f"{checkpoint.root}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
+            "without its scales it has no value, download the checkpoint again"
+        )
     return checkpoint
 
 

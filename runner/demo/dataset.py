@@ -61,19 +61,20 @@ def loosen(stream: Stream, tokenizer: Tokenizer, generator: torch.Generator, *, 
         generator: Source of the places.
         share: Part of the words to cut off, of those that are tokens without their blank too.
     """
-    blank = tokenizer.token_to_id(_BLANK)
-    word_of = torch.full((tokenizer.get_vocab_size(),), -1)
+    (blank,) = tokenizer.encode(" ").ids
+    word_of = [-1] * tokenizer.get_vocab_size()
     for token, token_id in tokenizer.get_vocab().items():
         word = tokenizer.token_to_id(token[1:]) if token.startswith(_BLANK) else None
         # Runs of blanks are indentation, which a prompt ends in as it is.
         if word is not None and not token[1:].startswith(_BLANK):
             word_of[token_id] = word
-    cut = (word_of[stream.ids] >= 0) & (torch.rand(len(stream.ids), generator=generator) < share)
+    words = torch.tensor(word_of)[stream.ids]
+    cut = (words >= 0) & (torch.rand(len(stream.ids), generator=generator) < share)
     sizes = 1 + cut.long()
     starts = sizes.cumsum(0) - sizes
     ids = stream.ids.repeat_interleave(sizes)
     ids[starts[cut]] = blank
-    ids[starts[cut] + 1] = word_of[stream.ids[cut]]
+    ids[starts[cut] + 1] = words[cut]
     return Stream(ids=ids, text_bytes=stream.text_bytes, line_starts=starts[stream.line_starts])
 
 
