@@ -88,6 +88,8 @@ GOOD = pack(
 def mutations(draw: st.DrawFn) -> bytes:
     raw = bytearray(GOOD)
     for _ in range(draw(st.integers(1, 4))):
+        if not raw:
+            break
         at = draw(st.integers(0, len(raw) - 1))
         kind = draw(st.sampled_from(["flip", "set", "delete", "insert", "cut", "repeat", "grow"]))
         if kind == "flip":
