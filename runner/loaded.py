@@ -110,6 +110,12 @@ class LoadedModel:
         self, path: str | Path | None = None, *, ctx: int | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         checkpoint = open_checkpoint(path)
+        if missing := checkpoint.missing_scales():
+            # Said now, and not after minutes, when a token first needs one of them.
+            raise ManifestError(
+                f"{checkpoint.root}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
+                "without its scales it has no value, download the checkpoint again"
+            )
         config = ModelConfig.from_dict(checkpoint.config)
         self.root = checkpoint.root
         self.ctx = config.max_position_embeddings if ctx is None else ctx
@@ -188,12 +194,6 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     if not checkpoint.config:
         raise SourceNotFoundError(
             f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
-        )
-    if missing := checkpoint.missing_scales():
-        # Said now, and not after minutes, when a token first needs one of them.
-        raise ManifestError(
-            f"{checkpoint.root}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
-            "without its scales it has no value, download the checkpoint again"
         )
     return checkpoint
 

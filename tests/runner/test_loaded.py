@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import runner
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
@@ -237,3 +238,17 @@ def test_an_unsupported_config_is_refused(edited: EditedCheckpoint) -> None:
 def test_a_context_beyond_the_model_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(ResourceError, match="1 to 512"):
         LoadedModel(tiny_checkpoint, ctx=513)
+
+
+def test_fp8_weights_without_scales_are_refused_before_anything_runs(tiny_copy: Path) -> None:
+    """Not minutes later, when a token first selects the expert."""
+    save_file(
+        {"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)},
+        tiny_copy / "model-00001-of-000002.safetensors",
+    )
+    index = {
+        "weight_map": {"model.layers.1.mlp.experts.3.up_proj.weight": "model-00001-of-000002.safetensors"},
+    }
+    (tiny_copy / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ManifestError, match=r"experts\.3\.up_proj\.weight \(1 in all\) has no weight_scale_inv"):
+        LoadedModel(tiny_copy)
