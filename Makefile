@@ -52,11 +52,13 @@ run-inference: $(VENV)/.base
 	@set -eu; model=$${MODEL%/}; out=$$OUT; \
 	if [ -z "$$model" ]; then \
 	    model=$$($(BIN)/python -c 'from runner import demo; print(demo.path())'); \
-	    out=$${out:-build/demo-experts}; \
+	    [ -n "$$out" ] || { out=build/demo-experts; rm -rf "$$out"; }; \
 	fi; \
 	if [ -f "$$model/manifest.json" ]; then \
 	    out=$$model; \
 	elif [ -f "$${out:=$$model-experts}/manifest.json" ]; then \
+	    cmp -s "$$model/config.json" "$$out/config.json" && $(BIN)/manifests diff "$$model" "$$out" >/dev/null 2>&1 || \
+	        { echo "$$out was made from another checkpoint than $$model; choose another OUT" >&2; exit 1; }; \
 	    echo "using $$out, resharded earlier" >&2; \
 	else \
 	    $(BIN)/reshard run "$$model" "$$out"; \

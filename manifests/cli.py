@@ -10,13 +10,13 @@ import click
 from manifests import inventory
 from manifests.check import check_files
 from manifests.console import Group, format_bytes, json_option, print_json, printable
-from manifests.errors import ManifestError, Problem, ToolkitError
+from manifests.errors import IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
 from manifests.names import parse_name
 from manifests.summary import LayerSummary, Parameters, Summary, diff, summarize
 
 EXIT_DIFFERENT = 1
-EXIT_DAMAGED = 13
+EXIT_DAMAGED = IntegrityError.exit_code
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,6 +95,8 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
             ]
         )
         return
+    if not rows:
+        click.echo(f"note: no tensor of {printable(path)} matches", err=True)
     cells = [
         (
             row.dtype,

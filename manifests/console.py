@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """A click group with the error boundary of DESIGN: one sentence on stderr and the right exit code.
+    """A click group with the error boundary of all programs: one sentence on stderr and the right exit code.
 
     ``<NAME>_DEBUG=1`` (the program's name in capitals) shows the traceback instead.
     """
@@ -39,12 +39,16 @@ class Group(click.Group):
             return super().main(args, prog_name, complete_var, False, **extra)
         name = self.name or "program"
         if threading.current_thread() is threading.main_thread():
-            # A service manager's stop is an interrupt like Ctrl-C: what is half-made is removed on the way out.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # A service manager's stop and a lost terminal are interrupts like Ctrl-C: what is half-made is removed on
+            # the way out. One that was told to be ignored (nohup) stays ignored.
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, signal.default_int_handler)
         try:
             # click would turn Ctrl-C into exit code 1; outside its standalone mode it lets us decide.
             result = super().main(args, prog_name, complete_var, False, **extra)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None when the caller closed it
+                sys.stdout.flush()
             sys.exit(result if isinstance(result, int) else 0)
         except click.ClickException as error:
             error.show()

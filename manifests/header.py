@@ -26,6 +26,9 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound; checked before the length is used to size a read."""
 
+LFS_POINTER_START = b"version "
+"""The first bytes of the small text that git keeps in place of a large file."""
+
 MAX_NAME_CHARS = 1024
 MAX_FILE_BYTES = 1 << 62
 
@@ -142,6 +145,8 @@ def encode_header(
 def _json_length(prefix: bytes, file_bytes: int, what: object) -> int:
     if len(prefix) < LENGTH_BYTES:
         raise ManifestError(f"{what}: shorter than {LENGTH_BYTES} bytes; not a safetensors file")
+    if prefix == LFS_POINTER_START:
+        raise ManifestError(f"{what}: is a git-lfs pointer and not the file it stands for; run `git lfs pull`")
     length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER_BYTES:
         raise ManifestError(f"{what}: header of {length} bytes is over the limit of {MAX_HEADER_BYTES}")

@@ -4,22 +4,22 @@ A plain checkpoint is described in place: the same `Manifest` type, made from he
 needs one kind of description, wherever the bytes lie. Opening reads headers or the manifest, never a tensor.
 """
 
-import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import IntegrityError, ManifestError, Problem, SourceNotFoundError
+from manifests.errors import ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
-from manifests.names import Role, TensorName, expert_prefix, find_missing_scales, parse_name
+from manifests.mapping import map_file
+from manifests.names import expert_prefix, find_missing_scales, parse_name
 from manifests.paths import INDEX_NAME, MANIFEST_NAME, Kind
 from manifests.safety import check_relative, resolve_inside
-from manifests.schema import FileEntry, Manifest, ModelFacts, TensorEntry
+from manifests.schema import PLAIN, FileEntry, Manifest, ModelFacts, TensorEntry
 from manifests.storage import load
 
 CONFIG_NAME = "config.json"
@@ -54,11 +54,11 @@ class Location:
 class TensorView:
     """A tensor's bytes without torch: dtype tag, shape, and the mapped bytes as a read-only memoryview."""
 
-    __slots__ = ("_mapping", "location")
+    __slots__ = ("_map", "location")
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, map_file: Callable[[], memoryview]) -> None:
         self.location = location
-        self._mapping: mmap.mmap | None = None
+        self._map = map_file
 
     def __repr__(self) -> str:
         return f"TensorView({self.location.name!r}, {self.dtype}, {list(self.shape)})"
@@ -78,17 +78,11 @@ class TensorView:
         """The raw bytes, mapped from the file on first use and read from disk page by page as they are touched.
 
         Raises:
-            IntegrityError: The file is shorter than the manifest says.
+            SourceNotFoundError, IntegrityError, ResourceError: See `manifests.mapping.map_file`.
         """
-        begin, end = self.location.offset, self.location.offset + self.location.size
-        if begin == end:
+        if self.location.size == 0:
             return memoryview(b"")
-        if self._mapping is None:
-            with self.location.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < end:
-                    raise IntegrityError(f"{self.location.path}: ends before byte {end} of {self.location.name!r}")
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._mapping)[begin:end]
+        return self._map()[self.location.offset : self.location.offset + self.location.size]
 
 
 class Checkpoint:
@@ -98,11 +92,6 @@ class Checkpoint:
         self.root = root
         self.manifest = manifest
         self._paths: dict[str, Path] = {}
-
-    @property
-    def is_resharded(self) -> bool:
-        """Whether the folder is one that `reshard` wrote."""
-        return self.manifest.layout == "resharded"
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -122,23 +111,38 @@ class Checkpoint:
         return name in self._entries
 
     def find(self, name: str) -> Location | None:
-        """The tensor of this name, or None.
+        """The tensor of this name, ready to be read, or None.
 
         Raises:
             ManifestError: Its file's path leaves the checkpoint.
             SourceNotFoundError: Its file is gone.
+            UnsupportedModelError: Its bytes are stored in a way that only other tools read.
         """
         found = self._entries.get(name)
-        return None if found is None else self._location(*found)
+        if found is None:
+            return None
+        file, tensor = found
+        if fault := _unreadable(file, tensor):
+            raise UnsupportedModelError(f"{self.root}: {fault}")
+        return self._location(file, tensor)
+
+    def map_file(self, file: str) -> memoryview:
+        """All bytes of one file, mapped read-only; see `manifests.mapping`. Path as in `Location.file`."""
+        return map_file(self._path(file), self._file_sizes[file])
+
+    def unreadable(self) -> list[str]:
+        """A sentence for each kind of storage that only other tools read; empty when every tensor can be read."""
+        faults = (_unreadable(file, tensor) for file, tensor in self._entries.values())
+        return list(dict.fromkeys(fault for fault in faults if fault))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have tensors here, MTP layers included."""
-        return tuple(sorted({name.layer for name in self._names if name.layer is not None}))
+        return tuple(sorted(self._by_layer))
 
     def experts(self, layer: int) -> tuple[int, ...]:
         """Numbers of the routed experts of one layer."""
-        return tuple(sorted({n.expert for n in self._names if n.layer == layer and n.expert is not None}))
+        return tuple(sorted(expert for expert in self._by_layer.get(layer, {}) if expert is not None))
 
     def expert(self, layer: int, expert: int) -> dict[str, TensorView]:
         """One routed expert as torch-free views by short name: ``gate_proj.weight`` and so on.
@@ -146,40 +150,61 @@ class Checkpoint:
         Raises:
             SourceNotFoundError: The checkpoint has no such expert.
         """
-        prefix = expert_prefix(layer, expert)
-        found = [name for name in self._names if name.layer == layer and name.expert == expert]
-        if not found:
+        found = self._by_layer.get(layer, {}).get(expert)
+        if found is None:
             raise SourceNotFoundError(f"{self.root}: has no expert {expert} in layer {layer}")
-        return {name.text.removeprefix(prefix): self._view(name.text) for name in found}
+        return self._views(found, expert_prefix(layer, expert))
 
     def dense(self, layer: int) -> dict[str, TensorView]:
-        """One layer's tensors without its routed experts, by name within the layer."""
-        prefix = f"model.layers.{layer}."
-        found = [name for name in self._names if name.layer == layer and name.role is not Role.ROUTED_EXPERT]
-        if not found:
+        """One layer's tensors without its routed experts, by name within the layer.
+
+        Raises:
+            SourceNotFoundError: The checkpoint has no such layer.
+        """
+        found = self._by_layer.get(layer, {}).get(None)
+        if found is None:
             raise SourceNotFoundError(f"{self.root}: has no layer {layer}")
-        return {name.text.removeprefix(prefix): self._view(name.text) for name in found}
+        return self._views(found, f"model.layers.{layer}.")
 
     @cached_property
     def _entries(self) -> dict[str, tuple[FileEntry, TensorEntry]]:
         return {tensor.name: (file, tensor) for file in self.manifest.files for tensor in file.tensors}
 
     @cached_property
-    def _names(self) -> list[TensorName]:
-        return [parse_name(name) for name in self._entries]
+    def _file_sizes(self) -> dict[str, int]:
+        return {file.path: file.size for file in self.manifest.files}
+
+    @cached_property
+    def _by_layer(self) -> dict[int, dict[int | None, list[str]]]:
+        """Names by layer and expert; those of the dense part are under None."""
+        found: dict[int, dict[int | None, list[str]]] = {}
+        for text in self._entries:
+            name = parse_name(text)
+            if name.layer is not None:
+                found.setdefault(name.layer, {}).setdefault(name.expert, []).append(text)
+        return found
+
+    def _views(self, names: list[str], prefix: str) -> dict[str, TensorView]:
+        locations = [location for name in names if (location := self.find(name)) is not None]
+        # One mapping for all views of a file, made when the first of them is read.
+        maps = {location.file: cache(partial(self.map_file, location.file)) for location in locations}
+        return {location.name.removeprefix(prefix): TensorView(location, maps[location.file]) for location in locations}
 
     def missing_scales(self) -> list[str]:
         """Names of FP8 weights without their block scales; see `manifests.names.find_missing_scales`."""
         return find_missing_scales((name, tensor.dtype) for name, (_, tensor) in self._entries.items())
 
-    def _location(self, file: FileEntry, tensor: TensorEntry) -> Location:
-        path = self._paths.get(file.path)
+    def _path(self, file: str) -> Path:
+        path = self._paths.get(file)
         if path is None:
             # Links are followed once for each file, not for each of its tensors.
-            path = self._paths[file.path] = resolve_inside(self.root, file.path)
+            path = self._paths[file] = resolve_inside(self.root, file)
+        return path
+
+    def _location(self, file: FileEntry, tensor: TensorEntry) -> Location:
         return Location(
             name=tensor.name,
-            path=path,
+            path=self._path(file.path),
             file=file.path,
             offset=tensor.offset,
             size=tensor.size,
@@ -187,8 +212,13 @@ class Checkpoint:
             shape=tensor.shape,
         )
 
-    def _view(self, name: str) -> TensorView:
-        return TensorView(self._location(*self._entries[name]))
+
+def _unreadable(file: FileEntry, tensor: TensorEntry) -> str | None:
+    if file.codec != "none":
+        return f"{file.path} is stored compressed ({file.codec}); this version does not read tensors from such files"
+    if tensor.encoding != PLAIN:
+        return f"{tensor.name} is encoded as {tensor.encoding}; this version reads plain tensors only"
+    return None
 
 
 def open(path: str | Path) -> Checkpoint:

@@ -59,11 +59,6 @@ class TensorName:
         """Whether this holds block scales of another tensor, and so no parameters of its own."""
         return self.part == SCALE_PART
 
-    @property
-    def scaled_weight(self) -> str:
-        """For a scale, the name of the weight that it multiplies."""
-        return self.text.removesuffix("_scale_inv")
-
 
 # No leading zeros and at most four digits: a number that prints back as it was read, and never a huge one.
 _NUMBER = r"(?:0|[1-9][0-9]{0,3})"

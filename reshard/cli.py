@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from manifests.errors import IntegrityError
 from manifests.schema import Selection
 from reshard import restore as restoring
 from reshard import verify as verifying
-from reshard.destination import check_destination
+from reshard.destination import check_destination, check_room, free_bytes
 from reshard.disk import measure_read_rate
 from reshard.plan import Plan, make_plan
 from reshard.progress import Progress
@@ -33,11 +34,12 @@ from reshard.source import SourceCheckpoint, read_source
 from reshard.workers import DEFAULT_JOBS
 
 EXIT_DAMAGED = IntegrityError.exit_code
+SHOWN_NAMES = 5
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class NumberList(click.ParamType[tuple[int, ...]]):
+class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
     """Numbers and ranges such as ``0,5-9``: sorted, without repeats."""
 
     name = "numbers"
@@ -99,13 +101,7 @@ def plan(
     """
     source = read_source(src)
     planned = make_plan(source, Selection(layers=layers, experts=experts))
-    if dst is not None:
-        check_destination(src, dst, needed_bytes(source, planned))
-    document = _describe_plan(source, planned)
-    if as_json:
-        print_json(document)
-        return
-    _print_plan(document)
+    _show_plan(source, planned, dst, as_json=as_json)
 
 
 @reshard.command()
@@ -136,9 +132,7 @@ def run(
     source = read_source(src)
     planned = make_plan(source, Selection(layers=layers, experts=experts))
     if dry_run:
-        check_destination(src, dst, needed_bytes(source, planned))
-        document = _describe_plan(source, planned)
-        print_json(document) if as_json else _print_plan(document)
+        _show_plan(source, planned, dst, as_json=as_json)
         return
     started = time.perf_counter()
     with Progress(planned.payload_bytes, label="reshard", quiet=quiet) as progress:
@@ -163,7 +157,9 @@ def run(
     )
     if not quiet:
         _print_remarks(source, planned)
-        click.echo(f"next: reshard restore {dst} --check   proves that the original can be rebuilt", err=True)
+        if planned.selection.is_everything:
+            path = printable(shlex.quote(str(dst)))
+            click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
 
 
 @reshard.command()
@@ -236,6 +232,20 @@ def restore(dst: Path, out: Path | None, check: bool, jobs: int, as_json: bool, 
     click.echo(printable(text))
 
 
+def _show_plan(source: SourceCheckpoint, planned: Plan, destination: Path | None, *, as_json: bool) -> None:
+    """Print the plan, and then refuse a disk that is too small for it, so that the reader sees both."""
+    if destination is not None:
+        check_destination(source.root, destination)
+    # Without a destination: the disk of the source, beside which most people put it.
+    document = _describe_plan(source, planned) | {"free_bytes": free_bytes(destination or source.root)}
+    if as_json:
+        print_json(document)
+    else:
+        _print_plan(document)
+    if destination is not None:
+        check_room(destination, needed_bytes(source, planned))
+
+
 def _describe_plan(source: SourceCheckpoint, planned: Plan) -> dict[str, Any]:
     largest = max(source.shards, key=lambda shard: source.shards[shard].file_bytes)
     rate = measure_read_rate(source.root / largest)
@@ -262,7 +272,9 @@ def _print_plan(document: dict[str, Any]) -> None:
     click.echo(f"source     {source}: {document['shards']} shards, {document['tensors']:,} tensors to take")
     click.echo(f"payload    {document['payload_bytes']:,} bytes ({format_bytes(document['payload_bytes'])})")
     click.echo(f"files      {document['files']:,}, of them {document['expert_files']:,} experts")
-    click.echo(f"disk       {format_bytes(document['needed_bytes'])} needed")
+    click.echo(
+        f"disk       {format_bytes(document['needed_bytes'])} needed, {format_bytes(document['free_bytes'])} free"
+    )
     if document["seconds"] is not None:
         rate = format_bytes(document["read_bytes_per_s"])
         click.echo(f"time       about {format_seconds(document['seconds'])}: read here at {rate}/s, written as fast")
@@ -271,12 +283,20 @@ def _print_plan(document: dict[str, Any]) -> None:
         click.echo(f"left out   {printable(', '.join(document['left_out']))}")
     if document["left_out_tensors"]:
         click.echo(f"selection  leaves out {document['left_out_tensors']:,} tensors; restore needs them all")
-    for name, path in document["unknown_tensors"].items():
-        click.echo(f"unknown    {printable(name)} is kept in {path}")
+    for line in _unknown_lines(document["unknown_tensors"]):
+        click.echo(f"unknown    {line}")
 
 
 def _print_remarks(source: SourceCheckpoint, planned: Plan) -> None:
-    for name, path in planned.unknown.items():
-        click.echo(f"note: {printable(name)} is a name that no rule knows; kept in {path}", err=True)
+    for line in _unknown_lines(planned.unknown):
+        click.echo(f"note: a name that no rule knows: {line}", err=True)
     if source.left_out:
         click.echo(f"note: left out {printable(', '.join(source.left_out))}", err=True)
+
+
+def _unknown_lines(unknown: Mapping[str, str]) -> list[str]:
+    """The first names that no rule knows and where they go; how many there are besides."""
+    lines = [f"{printable(name)}, kept in {path}" for name, path in list(unknown.items())[:SHOWN_NAMES]]
+    if len(unknown) > SHOWN_NAMES:
+        lines.append(f"and {len(unknown) - SHOWN_NAMES:,} more")
+    return lines

@@ -19,15 +19,16 @@ from reshard.blocks import Reader, Writer, write_error
 from reshard.lock import lock_folder
 
 
-def check_destination(source: Path, destination: Path, needed: int) -> None:
-    """Refuse a destination that holds anything, overlaps the source, or has too little room.
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuse a destination that holds anything or overlaps the source.
 
     Raises:
         LockedError: Another process is writing there.
         ToolkitError: Not empty, not a folder, or overlapping.
-        ResourceError: Too little free space.
     """
     real_source, real_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
+    if real_destination == real_source:
+        raise ToolkitError(f"{destination}: is the source itself; choose a folder beside it")
     if real_destination.is_relative_to(real_source) or real_source.is_relative_to(real_destination):
         raise ToolkitError(f"{destination}: lies inside {source} or around it; choose a folder beside it")
     if destination.exists():
@@ -36,12 +37,25 @@ def check_destination(source: Path, destination: Path, needed: int) -> None:
         # Under the lock, so that a folder that is being written is called so, and not merely full.
         with lock_folder(destination):
             _check_empty(destination)
-    existing = real_destination
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+
+
+def check_room(destination: Path, needed: int) -> None:
+    """Refuse a disk with too little room, before anything is written.
+
+    Raises:
+        ResourceError: Fewer bytes are free.
+    """
+    free = free_bytes(destination)
     if free < needed:
         raise ResourceError(f"{destination}: needs {needed:,} bytes, the disk has {free:,} free; nothing was written")
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk of a path, which need not exist yet."""
+    existing = Path(os.path.realpath(path))
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def _check_empty(destination: Path) -> None:
@@ -109,7 +123,9 @@ def _one_interrupt() -> Iterator[Callable[[], None]]:
     """
     # Only a signal that is handled at all: a process in the background is often told to ignore Ctrl-C.
     before = {
-        number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(handler := signal.getsignal(number))
     }
     if threading.current_thread() is not threading.main_thread():
         before = {}

@@ -6,12 +6,19 @@ Pure: a plan follows from the source's headers and the selection alone. The move
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from manifests.errors import ManifestError
+from manifests.errors import ManifestError, ToolkitError
 from manifests.header import Header, HeaderTensor, encode_header
 from manifests.names import Role, TensorName, find_missing_scales, parse_name
 from manifests.paths import Kind, Place, Widths, format_path, place_of
 from manifests.schema import Selection
 from reshard.source import SourceCheckpoint
+
+
+class SelectionError(ToolkitError):
+    """A layer or expert was asked for that the checkpoint does not have: wrong arguments, not a wrong checkpoint."""
+
+    exit_code = 2
+
 
 PAGE_BYTES = 4096
 """Payloads start at a multiple of this, so that weights of whole pages can be mapped where they lie."""
@@ -74,7 +81,8 @@ def make_plan(source: SourceCheckpoint, selection: Selection) -> Plan:
     """Decide where every tensor goes.
 
     Raises:
-        ManifestError: An FP8 weight has no scales, or the selection names a layer or expert that is not there.
+        ManifestError: An FP8 weight has no scales.
+        SelectionError: The selection names a layer or expert that is not there.
     """
     named = [
         (parse_name(tensor.name), shard, tensor, len(header.raw) + tensor.begin)
@@ -160,6 +168,6 @@ def _check_selection(names: list[TensorName], selection: Selection) -> None:
     ):
         absent = [number for number in chosen or () if number not in present]
         if absent:
-            raise ManifestError(
-                f"--{what}s: the checkpoint has no {what} {absent[0]}; `reshard plan` lists what it has"
+            raise SelectionError(
+                f"--{what}s: the checkpoint has no {what} {absent[0]}; `manifests show` tells what it has"
             )

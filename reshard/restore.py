@@ -16,7 +16,7 @@ from manifests.safety import resolve_inside
 from manifests.schema import Document, Shard
 from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer
-from reshard.destination import all_or_nothing, check_destination, sync_folders, write_file
+from reshard.destination import all_or_nothing, check_destination, check_room, sync_folders, write_file
 from reshard.progress import Progress
 from reshard.saved import read_document, read_saved_headers, require_source
 from reshard.workers import StopFlag, run_all
@@ -37,12 +37,13 @@ def restore(checkpoint: Checkpoint, out: Path, *, jobs: int, progress: Progress)
     Raises:
         IncompleteError: Only a part was resharded.
         IntegrityError: The rebuilt bytes are not the source's.
-        ToolkitError, ResourceError: See `reshard.destination.check_destination`.
+        ToolkitError, ResourceError: See `check_destination` and `check_room` in `reshard.destination`.
     """
     headers = read_saved_headers(checkpoint)
     documents = [document for document in checkpoint.manifest.documents if document.source_name is not None]
     needed = sum(shard.size for shard in require_source(checkpoint).shards)
-    check_destination(checkpoint.root, out, needed + sum(document.content_size for document in documents))
+    check_destination(checkpoint.root, out)
+    check_room(out, needed + sum(document.content_size for document in documents))
     with all_or_nothing(out):
         restored = _rebuild(checkpoint, headers, out, jobs=jobs, progress=progress)
         for document in documents:

@@ -14,7 +14,7 @@ from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, Manifest, Shard, Source
 from manifests.storage import save, sync_folder
 from reshard.archive import pack
-from reshard.destination import all_or_nothing, check_destination, copy_file, sync_folders, write_file
+from reshard.destination import all_or_nothing, check_destination, check_room, copy_file, sync_folders, write_file
 from reshard.plan import Plan
 from reshard.progress import Progress
 from reshard.source import AuxiliaryFile, SourceCheckpoint
@@ -46,7 +46,8 @@ def reshard_checkpoint(
         ResourceError: Too little free space, found before anything is written where possible.
         ManifestError, IntegrityError: The source changed or is damaged.
     """
-    check_destination(source.root, destination, needed_bytes(source, plan))
+    check_destination(source.root, destination)
+    check_room(destination, needed_bytes(source, plan))
     with all_or_nothing(destination):
         moved = transfer(source.root, source.shards, plan, destination, jobs=jobs, progress=progress)
         headers = {

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manifests.digest import CHUNK_BYTES, TensorHasher
-from manifests.errors import ToolkitError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from manifests.inventory import Checkpoint
+from manifests.paths import MANIFEST_NAME
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
@@ -58,7 +59,16 @@ def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Dam
 
 
 def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress: Progress) -> list[Damage]:
-    """Compare the recorded sha256 of every source shard and auxiliary file with the files in a source folder."""
+    """Compare the recorded sha256 of every source shard and auxiliary file with the files in a source folder.
+
+    Raises:
+        SourceNotFoundError: There is no such folder.
+        ManifestError: The folder is itself resharded.
+    """
+    if not source.is_dir():
+        raise SourceNotFoundError(f"{source}: no such folder; give the folder that holds the original shards")
+    if (source / MANIFEST_NAME).exists():
+        raise ManifestError(f"{source}: is resharded itself; give the folder that holds the original shards")
 
     def look(entry: Shard | Document, stop: StopFlag) -> list[Damage]:
         name = entry.name if isinstance(entry, Shard) else entry.source_name or entry.path
@@ -84,6 +94,11 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
 
 
 def _verify_file(file: FileEntry, reader: Reader, progress: Progress, stop: StopFlag) -> list[Damage]:
+    if file.codec != "none":
+        # The stored bytes prove the unpacked ones.
+        if _hash_range(reader, 0, file.size, progress, stop) == file.stored_sha256:
+            return []
+        return [Damage(path=file.path, tensor=None, begin=0, end=file.size, message="its bytes are damaged")]
     findings = []
     if _hash_range(reader, 0, file.header_size, progress, stop) != file.header_sha256:
         findings.append(

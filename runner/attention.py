@@ -24,7 +24,8 @@ LOW_RANK_EPS = 1e-6
 build them without passing ``rms_norm_eps``, so Moonlight's 1e-5 holds for its other norms only."""
 
 _SCORE_ELEMENTS = 1 << 24
-"""Attention scores held at once, 64 MiB of float32: heads are taken in groups that fit."""
+"""Attention scores of one group of heads, 64 MiB of float32; three such tensors live at once. A single head is never
+cut, so a long prefill over a long context takes more: 128 MiB each for 512 tokens at 65,536 positions."""
 
 
 class Attention:

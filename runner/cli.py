@@ -17,6 +17,7 @@ from runner.cli_measure import eval_command, logits
 from runner.cli_options import (
     STDIN,
     compute_options,
+    echo_generated,
     model_option,
     note,
     note_idle_sampling,
@@ -110,7 +111,7 @@ def generate(
     for piece in generation:
         text += piece
         if not as_json:
-            click.echo(piece, nl=False)
+            echo_generated(piece)
     if as_json:
         print_json(
             {

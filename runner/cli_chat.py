@@ -17,6 +17,7 @@ from manifests.errors import ToolkitError
 from runner.cli_options import (
     compute_options,
     decode_utf8,
+    echo_generated,
     model_option,
     note,
     note_idle_sampling,
@@ -97,7 +98,15 @@ def chat(
                 note("the conversation is forgotten", quiet=quiet)
             case _:
                 try:
-                    _take_turn(line, loaded, conversation, sampling, max_tokens=max_tokens, quiet=quiet)
+                    _take_turn(
+                        line,
+                        loaded,
+                        conversation,
+                        sampling,
+                        max_tokens=max_tokens,
+                        interactive=terminal.interactive,
+                        quiet=quiet,
+                    )
                 except ToolkitError as error:
                     # Somebody who types wants to go on, with /reset for example; a script wants to know.
                     if not terminal.interactive:
@@ -117,6 +126,7 @@ def _take_turn(
     sampling: SamplingParams,
     *,
     max_tokens: int,
+    interactive: bool,
     quiet: bool,
 ) -> None:
     turn = conversation.ask(line)
@@ -124,8 +134,10 @@ def _take_turn(
     interrupted = False
     try:
         for piece in generation:
-            click.echo(piece, nl=False)
+            echo_generated(piece)
     except KeyboardInterrupt:
+        if not interactive:
+            raise
         interrupted = True
     click.echo()
     # A question that was stopped before its answer began was not asked.

@@ -5,6 +5,7 @@ Arguments in, numbers out. Torch is imported inside the commands, so that `--hel
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manifests.console import format_bytes, format_seconds, json_option, print_json, printable, quiet_option
-from manifests.errors import SourceNotFoundError, ToolkitError
+from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
 from runner.cli_options import model_option, note, read_text, set_threads, threads_option
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ def logits(
     set_threads(threads)
     loaded = LoadedModel(model, dtype=getattr(torch, dtype))
     read = wanted if prompt is None else loaded.text.encode(prompt)
-    logits_TV = loaded.logits(read)
-    if out is not None:
+    if out is None:
+        last_V = loaded.engine.last_logits(read)
+    else:
+        logits_TV = loaded.logits(read)
         _save({"ids": torch.tensor(read), "logits": logits_TV}, Path(out))
         note(f"wrote {out}: ids [{len(read)}], logits {list(logits_TV.shape)}", quiet=quiet)
-    last_V = logits_TV[-1]
+        last_V = logits_TV[-1]
     probability, best = last_V.double().softmax(0).topk(min(TOP, len(last_V)))
     top = [
         {"id": token, "token": _token_text(loaded, token), "logit": float(last_V[token]), "probability": share}
@@ -182,12 +185,25 @@ def _token_text(loaded: LoadedModel, token: int) -> str | None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file whole or not at all."""
+    """Write a .safetensors file whole or not at all.
+
+    Raises:
+        ResourceError: The disk is full.
+        ToolkitError: It cannot be written for another reason.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if path.is_dir():
+        raise ToolkitError(f"{path}: is a folder; give the name of a file")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, path)
+    except (SafetensorError, OSError) as error:
+        # The library tells the reason in its text alone.
+        if "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise ResourceError(f"{path}: no space left to write it; free some and run again") from error
+        raise ToolkitError(f"{path}: cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from manifests.console import printable
 from manifests.errors import SourceNotFoundError, ToolkitError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,7 +33,11 @@ def model_option(function: F) -> F:
 def threads_option(function: F) -> F:
     """``--threads``."""
     return click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to compute with. Default: PyTorch's choice."
+        "--threads",
+        # Beyond some thousands the thread library ends the process.
+        type=click.IntRange(1, 512),
+        metavar="N",
+        help="Threads to compute with. Default: PyTorch's choice.",
     )(function)
 
 
@@ -78,6 +83,16 @@ def sampling_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def echo_generated(piece: str) -> None:
+    """Write what a model wrote, at once. On a terminal, control characters but newline and tab are escaped.
+
+    A checkpoint from anywhere could otherwise drive the terminal; a pipe or a file gets the text as it is.
+    """
+    if sys.stdout.isatty():
+        piece = "".join(c if c in "\n\t" or ord(c) >= 0xA0 or " " <= c <= "~" else printable(c) for c in piece)
+    click.echo(piece, nl=False)
 
 
 def set_threads(threads: int | None) -> None:

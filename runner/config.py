@@ -156,6 +156,7 @@ class ModelConfig:
             keys.fixed("num_key_value_heads", heads)  # MLA expands one latent to every head
         theta, yarn = _read_rope(config)
         scoring_func, topk_method = _read_router(keys, model_type)
+        n_group, topk_group = _read_groups(keys, topk_method)
         made = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size"),
@@ -173,8 +174,8 @@ class ModelConfig:
             n_routed_experts=keys.integer("n_routed_experts"),
             n_shared_experts=keys.integer("n_shared_experts", least=0, otherwise=0),
             num_experts_per_tok=keys.integer("num_experts_per_tok"),
-            n_group=keys.integer("n_group", otherwise=1),
-            topk_group=keys.integer("topk_group", otherwise=1),
+            n_group=n_group,
+            topk_group=topk_group,
             scoring_func=scoring_func,
             topk_method=topk_method,
             norm_topk_prob=keys.boolean("norm_topk_prob"),
@@ -232,6 +233,19 @@ def _read_router(keys: Keys, model_type: str) -> tuple[str, str]:
     return scoring_func, topk_method
 
 
+def _read_groups(keys: Keys, topk_method: str) -> tuple[int, int]:
+    """Give (n_group, topk_group); null means that experts are not grouped.
+
+    A router that knows groups needs both keys: V3's code without them would use 8 and 4, others 1 and 1.
+    """
+    if topk_method != "greedy":
+        keys.need("n_group", "topk_group")
+    n_group = keys.integer("n_group", otherwise=1)
+    # Of several groups, how many are kept cannot be guessed.
+    topk_group = keys.integer("topk_group", otherwise=1) if n_group == 1 else keys.integer("topk_group")
+    return n_group, topk_group
+
+
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     """Give (rope_theta, YaRN or None) from ``rope_scaling`` + ``rope_theta`` or from ``rope_parameters``.
 
@@ -259,7 +273,10 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
 
 
 def _read_yarn(keys: Keys, values: Mapping[str, Any], place: str) -> YarnScaling | None:
-    rope_type = next((keys.text(key) for key in ("rope_type", "type") if keys.given(key)), "default")
+    rope_types = {keys.text(key) for key in ("rope_type", "type") if keys.given(key)}
+    if len(rope_types) > 1:
+        inconsistent(f"{place}.rope_type and type", "differ")
+    rope_type = next(iter(rope_types), "default")
     if rope_type not in ("default", "yarn"):
         raise UnsupportedModelError(
             f"config.json has {place} of type {show(rope_type)}; the runner implements 'yarn' and none"

@@ -172,7 +172,10 @@ class _Findings:
             return check()
         except ToolkitError as error:
             self.add(topic, str(error), error.exit_code)
-            return None
+        except OSError as error:
+            # Such as a file that this user may not read.
+            self.add(topic, f"{error.filename}: {error.strerror}", ToolkitError.exit_code)
+        return None
 
 
 def _examine_model(path: str | Path | None, found: _Findings, *, can_import: bool) -> ModelFacts:
@@ -227,7 +230,8 @@ def _check_files(checkpoint: manifests.Checkpoint) -> None:
     missing = [problem for problem in problems if problem.kind == "missing_file"]
     if missing:
         raise IncompleteError(
-            f"{len(missing)} files of the manifest are missing, first {missing[0].loc}; reshard again to complete it"
+            f"{len(missing)} files of the manifest are missing, first {missing[0].loc}; "
+            "copy them back, or reshard into a new folder"
         )
     if problems:
         raise IntegrityError(

@@ -70,6 +70,15 @@ class Engine:
             timeline.append(chosen)
             yield chosen
 
+    def last_logits(self, ids: Sequence[int]) -> Tensor:
+        """Give the logits after the last position of a text, [V] float32.
+
+        Raises:
+            ResourceError: The text does not fit into the context.
+            ToolkitError: There is no text, or an id is outside the vocabulary.
+        """
+        return self._model.logits(self._advance(self._checked(ids)))[0]
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Give the logits after every position of a text, [T, V] float32, one chunk of rows at a time.
 
@@ -94,8 +103,8 @@ class Engine:
                 raise ToolkitError(f"token id {one} is outside the vocabulary of {vocab_size}")
         if len(timeline) > self._cache.ctx:
             raise ResourceError(
-                f"the prompt has {len(timeline)} tokens, but the context holds {self._cache.ctx}; "
-                "shorten it or give a larger --ctx"
+                f"the prompt has {len(timeline)} tokens, but the context holds {self._cache.ctx}; shorten it"
+                + (" or give a larger --ctx" if self._cache.ctx < self._model.config.max_position_embeddings else "")
             )
         return timeline
 

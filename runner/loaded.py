@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import manifests
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from runner import demo
 from runner.config import ModelConfig
 from runner.engine import Engine
@@ -185,16 +185,21 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     Raises:
         SourceNotFoundError: There is none, or it has no config.json.
         ManifestError: It is damaged.
+        UnsupportedModelError: Some of it is stored in a way that the runner does not read.
     """
     if path is None:
         path = demo.path()
         if not path.is_dir():
             raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
+    if Path(path).is_file():
+        raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
     checkpoint = manifests.open(path)
     if not checkpoint.config:
         raise SourceNotFoundError(
             f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
         )
+    if faults := checkpoint.unreadable():
+        raise UnsupportedModelError(f"{checkpoint.root}: {faults[0]}")
     return checkpoint
 
 

@@ -4,15 +4,12 @@ Nothing is read here: the kernel brings a page in when the mathematics touches i
 needs is never opened. This file knows names and files; it must not know what the tensors mean.
 """
 
-import mmap
-import os
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
+from manifests.errors import ManifestError, UnsupportedModelError
 from manifests.inventory import Checkpoint, Location
 from runner.fp8 import Matrix
 
@@ -34,8 +31,7 @@ class WeightStore:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._file_bytes = {file.path: file.size for file in checkpoint.manifest.files}
-        self._mappings: dict[str, mmap.mmap] = {}
+        self._mappings: dict[str, memoryview] = {}
         self._views: dict[str, Tensor] = {}
 
     @property
@@ -58,7 +54,8 @@ class WeightStore:
             ManifestError: The checkpoint has no such tensor.
             SourceNotFoundError: Its file is gone.
             IntegrityError: Its file has another size than the manifest says.
-            UnsupportedModelError: It has a dtype that the runner does not read.
+            ResourceError: The system has no room for another mapping.
+            UnsupportedModelError: It is stored in a way that the runner does not read.
         """
         view = self._views.get(name)
         if view is None:
@@ -100,24 +97,8 @@ class WeightStore:
             )
         return flat.view(location.shape)
 
-    def _map(self, location: Location) -> mmap.mmap:
+    def _map(self, location: Location) -> memoryview:
         mapping = self._mappings.get(location.file)
         if mapping is None:
-            mapping = _map_file(location.path, self._file_bytes[location.file])
-            self._mappings[location.file] = mapping
+            mapping = self._mappings[location.file] = self._checkpoint.map_file(location.file)
         return mapping
-
-
-def _map_file(path: Path, size: int) -> mmap.mmap:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise SourceNotFoundError(f"{path}: cannot be opened: {error.strerror}") from error
-    try:
-        found = os.fstat(descriptor).st_size
-        # Checked before mapping: touching a page behind the end would kill the process.
-        if found != size:
-            raise IntegrityError(f"{path}: has {found} bytes, the manifest says {size}; `reshard verify` tells more")
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)

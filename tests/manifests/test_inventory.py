@@ -13,9 +13,10 @@ import pytest
 import safetensors
 
 import manifests
-from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError
+from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.inventory import model_facts, read_shards
 from manifests.names import Role, parse_name
+from manifests.validate import parse
 
 INDEX = "model.safetensors.index.json"
 
@@ -44,8 +45,8 @@ def test_a_plain_folder_and_its_resharded_twin_hold_the_same_bytes(
             assert name in checkpoint
             assert stored(location) == data
             assert location.path == root / location.file
-    assert manifests.open(v3_resharded).is_resharded
-    assert not manifests.open(v3_folder).is_resharded
+    assert manifests.open(v3_resharded).manifest.layout == "resharded"
+    assert manifests.open(v3_folder).manifest.layout == "in_place"
 
 
 def test_every_shard_agrees_with_the_library(v3_folder: Path, kimi_folder: Path) -> None:
@@ -248,8 +249,41 @@ def test_facts_are_taken_only_where_they_can_be_facts() -> None:
 def test_a_view_of_a_file_that_was_cut_is_not_handed_out_short(resharded_copy: Path) -> None:
     view = manifests.open(resharded_copy).expert(1, 0)["down_proj.weight"]
     os.truncate(view.location.path, view.location.offset + 10)
-    with pytest.raises(IntegrityError, match="ends before"):
+    with pytest.raises(IntegrityError, match="bytes, expected"):
         _ = view.data
+
+
+def test_views_keep_no_file_open(v3_resharded: Path, v3_bytes: dict[str, bytes]) -> None:
+    """A process that looks at every expert of a large model would run out of descriptors."""
+    checkpoint = manifests.open(v3_resharded)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [
+        view.data for layer in (1, 2, 3) for expert in range(11) for view in checkpoint.expert(layer, expert).values()
+    ]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(map(len, kept)) == sum(len(data) for name, data in v3_bytes.items() if ".experts." in name)
+
+
+@pytest.mark.parametrize("how", ["codec", "encoding"])
+def test_what_only_other_tools_read_is_refused_and_not_misread(good: dict[str, Any], how: str, tmp_path: Path) -> None:
+    """FORMAT.md has compressed files and quantised blocks from version 1 on; nobody may take them for weights."""
+    manifests.save(parse(good), tmp_path)
+    for file in good["files"]:
+        path = tmp_path / file["path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.truncate(path, file["size"])
+    checkpoint = manifests.open(tmp_path)
+    assert len(checkpoint.unreadable()) == 2
+    name = good["files"][2 if how == "codec" else 0]["tensors"][0]["name"]
+    says = "stored compressed" if how == "codec" else "encoded as q8_0"
+    with pytest.raises(UnsupportedModelError, match=says):
+        checkpoint.find(name)
+    with pytest.raises(UnsupportedModelError, match=says):
+        checkpoint.expert(3, 8) if how == "codec" else checkpoint.dense(3)
+    assert checkpoint.find("lm_head.weight") is not None
+    assert checkpoint.expert(3, 7)
+    assert len(list(checkpoint.tensors())) == 6
 
 
 def test_a_file_that_is_gone_is_named_when_it_is_asked_for(resharded_copy: Path) -> None:

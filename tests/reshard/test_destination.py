@@ -77,7 +77,7 @@ def test_the_second_writer_is_refused_and_takes_nothing(tmp_path: Path, tree: Tr
         with pytest.raises(LockedError, match="another process is writing"), all_or_nothing(tmp_path / "out"):
             pytest.fail("two writers at once")
         with pytest.raises(LockedError):
-            check_destination(tmp_path / "source", tmp_path / "out", 0)
+            check_destination(tmp_path / "source", tmp_path / "out")
         assert tree(tmp_path) == before
     with pytest.raises(ToolkitError, match="is not empty"), all_or_nothing(tmp_path / "out"):
         pytest.fail("wrote into what is full")
@@ -85,7 +85,7 @@ def test_the_second_writer_is_refused_and_takes_nothing(tmp_path: Path, tree: Tr
 
 
 def test_a_file_that_appears_between_check_and_lock_is_not_ours(tmp_path: Path) -> None:
-    check_destination(tmp_path / "source", tmp_path / "out", 0)
+    check_destination(tmp_path / "source", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(ToolkitError, match="is not empty"), all_or_nothing(tmp_path / "out"):
@@ -127,20 +127,24 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def stop_twice(folder: Path) -> None:
+def stop_twice(folder: Path, waited: list[bool]) -> None:
     with all_or_nothing(folder):
         fill(folder)
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             signal.pause()
         finally:
-            os.kill(os.getpid(), signal.SIGINT)  # would end the cleaning up
+            # What waits here for its workers must not be torn out of it, and what cleans up neither.
+            os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
+            waited.append(True)
 
 
 def test_one_interrupt_is_heard_and_the_next_ones_wait_for_the_cleaning_up(tmp_path: Path, handlers: None) -> None:
+    waited: list[bool] = []
     with pytest.raises(KeyboardInterrupt):
-        stop_twice(tmp_path / "out")
+        stop_twice(tmp_path / "out", waited)
+    assert waited
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
@@ -152,7 +156,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path, handlers: None)
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     with pytest.raises(KeyboardInterrupt):
-        stop_twice(tmp_path / "other")
+        stop_twice(tmp_path / "other", [])
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 

@@ -22,7 +22,7 @@ from manifests.names import parse_name
 from manifests.paths import parse_path, place_of
 from manifests.schema import Selection
 from manifests.summary import summarize
-from reshard.plan import PAGE_BYTES, Plan, make_plan
+from reshard.plan import PAGE_BYTES, Plan, SelectionError, make_plan
 from reshard.source import SourceCheckpoint
 
 FP8_NAMES = [
@@ -210,7 +210,7 @@ def test_scales_may_lie_in_any_shard_but_must_lie_somewhere() -> None:
 def test_a_selection_of_what_is_not_there(
     v3_folder: Path, plan_of: Callable[..., Any], selection: Selection, says: str
 ) -> None:
-    with pytest.raises(ManifestError, match=says):
+    with pytest.raises(SelectionError, match=says):
         plan_of(v3_folder, selection)
 
 

@@ -130,6 +130,16 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failure_leaves_no_file_open(
+    v2_folder: Path, tmp_path: Path, reshard_folder: Callable[..., Path], fail_call: Callable[..., Any]
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    fail_call("pwrite", 30)
+    with pytest.raises(ToolkitError):
+        reshard_folder(v2_folder, tmp_path / "out")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[1])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 import manifests
 from manifests import digest, validate
@@ -162,3 +165,27 @@ def test_against_another_source(v3_resharded: Path, v3_copy: Path) -> None:
 def test_a_plain_folder_cannot_be_verified(v3_folder: Path) -> None:
     with pytest.raises(ManifestError, match="not a resharded checkpoint"):
         look(v3_folder)
+
+
+def test_a_file_that_is_stored_compressed(resharded_copy: Path) -> None:
+    """Other tools may have packed it, as FORMAT.md allows; its stored bytes prove the others."""
+    manifest = manifests.load(resharded_copy)
+    number, entry = next((n, f) for n, f in enumerate(manifest.files) if f.kind == "expert")
+    plain = resharded_copy / entry.path
+    packed = zstandard.ZstdCompressor().compress(plain.read_bytes())
+    plain.unlink()
+    (resharded_copy / f"{entry.path}.zst").write_bytes(packed)
+    files = list(manifest.files)
+    files[number] = dataclasses.replace(
+        entry,
+        path=f"{entry.path}.zst",
+        size=len(packed),
+        codec="zstd",
+        stored_sha256=hashlib.sha256(packed).hexdigest(),
+    )
+    manifests.save(dataclasses.replace(manifest, files=tuple(files)), resharded_copy)
+    assert look(resharded_copy) == []
+    flip(resharded_copy / f"{entry.path}.zst", len(packed) // 2)
+    assert [(d.path, d.tensor, d.begin, d.end) for d in look(resharded_copy)] == [
+        (f"{entry.path}.zst", None, 0, len(packed))
+    ]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from runner import cli_chat
 from runner.loaded import Generation, LoadedModel
 
 Call = Callable[..., Result]
@@ -100,10 +101,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny: Path, monkeypatch: pytes
             if number == pieces:
                 raise KeyboardInterrupt
 
+    class Interactive(cli_chat._Terminal):
+        def __init__(self) -> None:
+            super().__init__()
+            self.interactive = True
+
     monkeypatch.setattr(Generation, "__iter__", interrupted)
+    monkeypatch.setattr(cli_chat, "_Terminal", Interactive)
     result = call("chat", "-m", tiny, "-n", "8", stdin="hello\nhell\nhello\n")
     assert result.exit_code == 0
-    stats = result.stderr.splitlines()
+    stats = [line.removeprefix("> ") for line in result.stderr.splitlines() if "prompt tokens" in line]
     prompts = [int(line.split()[0]) for line in stats]
     loaded = LoadedModel(tiny)
     alone = len(loaded.text.encode_chat([{"role": "user", "content": "hell"}]))
@@ -112,6 +119,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny: Path, monkeypatch: pytes
     said = int(re.findall(r"(\d+) generated", stats[1])[0])
     assert prompts[2] == alone + said + 1 + alone  # the answer, its end, and BOS less but one letter more
     assert len(result.stdout.splitlines()[-1]) > 2
+
+
+def test_ctrl_c_ends_a_chat_that_is_read_from_a_pipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def interrupted(self: Generation) -> Iterator[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generation, "__iter__", interrupted)
+    result = call("chat", "-m", tiny, stdin="hello\nhell\n")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
 
 
 def test_on_a_terminal_mistakes_and_ctrl_c_do_not_end_the_chat(tiny: Path, spawn: Spawn) -> None:

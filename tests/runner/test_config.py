@@ -304,3 +304,24 @@ def test_no_value_of_any_key_ends_in_a_traceback(v3: Config) -> None:
             refusals.append(str(error))
     assert len(refusals) > 300
     assert max(map(len, refusals)) < 300
+
+
+@pytest.mark.parametrize("key", ["n_group", "topk_group"])
+def test_groups_are_not_guessed(tiny_configs: dict[str, dict[str, Any]], key: str) -> None:
+    """Without the key V3's own code would use 8 or 4, other readers 1: another routing, and nobody would notice."""
+    config = {name: value for name, value in tiny_configs["v3"].items() if name != key}
+    with pytest.raises(ManifestError, match=f"lacks {key}"):
+        ModelConfig.from_dict(config)
+
+
+def test_several_groups_need_to_know_how_many_are_kept(tiny_configs: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(ManifestError, match="topk_group None"):
+        ModelConfig.from_dict(tiny_configs["v3"] | {"topk_group": None})
+    ungrouped = ModelConfig.from_dict(tiny_configs["v3"] | {"n_group": None, "topk_group": None})
+    assert (ungrouped.n_group, ungrouped.topk_group) == (1, 1)
+
+
+def test_rope_types_that_differ_are_refused(tiny_configs: dict[str, dict[str, Any]]) -> None:
+    scaling = {"type": "yarn", "rope_type": "default", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ManifestError, match="differ"):
+        ModelConfig.from_dict(tiny_configs["v3"] | {"rope_scaling": scaling, "rope_parameters": None})
