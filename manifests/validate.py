@@ -382,9 +382,9 @@ class _Reader:
         # Compared without case: some file systems would write both to one file.
         self._check_unique("files", "path", (path.casefold() for path in paths))
         self._check_unique("files", "tensor", (tensor.name for file in manifest.files for tensor in file.tensors))
+        if (manifest.layout == "resharded") != (manifest.source is not None):
+            self._problem("source", "inconsistent", "must be named by a resharded checkpoint, and by no other")
         if manifest.source is None:
-            if manifest.layout == "resharded":
-                self._problem("source", "missing_key", "a resharded checkpoint must name its source")
             return
         # What restoring writes: two sources of one file would overwrite each other.
         restored = [shard.name for shard in manifest.source.shards]

@@ -65,6 +65,11 @@ def read_saved_headers(checkpoint: Checkpoint) -> Mapping[str, Header]:
                 absent.append(tensor.name)
             elif entry.size != tensor.end - tensor.begin:
                 raise ManifestError(f"{shard_name}: tensor {tensor.name!r} has another size than in the manifest")
+    if absent and checkpoint.manifest.selection.is_everything:
+        raise ManifestError(
+            f"{checkpoint.root}: the saved headers name {len(absent)} tensors that the manifest does not (first "
+            f"{absent[0]!r}); they are not of one checkpoint"
+        )
     if absent:
         raise IncompleteError(
             f"{checkpoint.root}: {len(absent)} tensors of the source are not here (first {absent[0]!r}): "
