@@ -92,7 +92,8 @@ def echo_generated(piece: str) -> None:
     """
     if sys.stdout.isatty():
         piece = "".join(c if c in "\n\t" or ord(c) >= 0xA0 or " " <= c <= "~" else printable(c) for c in piece)
-    click.echo(piece, nl=False)
+    # Without color=True click removes escape sequences from what goes into a pipe: it is data there.
+    click.echo(piece, nl=False, color=True)
 
 
 def set_threads(threads: int | None) -> None:

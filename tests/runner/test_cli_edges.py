@@ -1,0 +1,113 @@
+"""Where the commands meet a system that does not cooperate: closed streams, full disks, hostile text, wrong paths."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from click.testing import Result
+from safetensors import SafetensorError
+
+from manifests.errors import ToolkitError
+from runner import cli_options
+from runner.doctor import _Findings
+
+Call = Callable[..., Result]
+
+
+def test_a_closed_stdout_is_no_traceback() -> None:
+    """The caller of `runner doctor >&-` wants its exit code alone."""
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m manifests schema >&-"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_more_threads_than_any_library_starts_are_refused(call: Call, tiny_checkpoint: Path) -> None:
+    result = call("generate", "-m", tiny_checkpoint, "-p", "x", "--threads", "5000")
+    assert result.exit_code == 2
+
+
+def test_one_shard_is_not_a_model(call: Call, tiny_checkpoint: Path) -> None:
+    shard = tiny_checkpoint / "model-00001-of-000002.safetensors"
+    result = call("generate", "-m", shard, "-p", "x")
+    assert result.exit_code == 10
+    assert result.stderr == f"runner: {shard}: is one file; give the folder of the whole checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "says"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), 15, "no space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 15, "no space left"),
+        (
+            SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"),
+            1,
+            "cannot be written",
+        ),
+    ],
+)
+def test_logits_that_cannot_be_written(
+    call: Call,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    code: int,
+    says: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    out = tmp_path / "logits.safetensors"
+    result = call("logits", "-m", tiny_checkpoint, "-p", "hello", "--out", out)
+    assert result.exit_code == code
+    assert f"{out}: " in result.stderr
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_do_not_go_into_a_folder(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = call("logits", "-m", tiny_checkpoint, "-p", "hello", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == f"runner: {tmp_path}: is a folder; give the name of a file\n"
+
+
+def test_the_last_logits_are_the_same_with_and_without_a_file(
+    call: Call, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ["logits", "-m", tiny_checkpoint, "-p", "hello"]
+    assert call(*arguments).stdout == call(*arguments, "--out", tmp_path / "all.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "shown"), [(True, "a\\x1b[2J\n\tb\\x9b\u00e9\u4f60"), (False, "a\x1b[2J\n\tb\x9b\u00e9\u4f60")]
+)
+def test_a_model_cannot_drive_the_terminal(
+    is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    cli_options.echo_generated("a\x1b[2J\n\tb\x9b\u00e9\u4f60")
+    assert capsys.readouterr().out == shown
+
+
+def test_a_file_that_may_not_be_read_is_a_finding() -> None:
+    """Tests may run as root, who may read everything: so the failure itself is given."""
+
+    def refuse() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "model-00001.safetensors")
+
+    found = _Findings()
+    assert found.attempt("checkpoint", refuse) is None
+    (problem,) = found.problems
+    assert (problem.topic, problem.exit_code) == ("checkpoint", ToolkitError.exit_code)
+    assert problem.message == "model-00001.safetensors: Permission denied"
