@@ -90,6 +90,7 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
                     "begin": row.offset,
                     "end": row.offset + row.size,
                     "file": row.file,
+                    "codec": row.codec,
                 }
                 for row in rows
             ]
@@ -97,6 +98,8 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
         return
     if not rows:
         click.echo(f"note: no tensor of {printable(path)} matches", err=True)
+    if any(row.codec != "none" for row in rows):
+        click.echo("note: byte ranges in files that end in .zst are those of the unpacked file", err=True)
     cells = [
         (
             row.dtype,
@@ -139,7 +142,9 @@ def check(path: str, as_json: bool) -> None:
             click.echo(printable(f"{problem.loc or path}: {problem.message}"))
         if not problems:
             files = len(checkpoint.manifest.files) + len(checkpoint.manifest.documents)
-            click.echo(printable(f"{path}: {files} files, sizes and headers are right"))
+            packed = sum(1 for file in checkpoint.manifest.files if file.codec != "none")
+            unseen = f"; {packed} of them are packed, only their sizes were looked at" if packed else ""
+            click.echo(printable(f"{path}: {files} files, sizes and headers are right{unseen}"))
     if problems:
         raise click.exceptions.Exit(error.exit_code if error else EXIT_DAMAGED)
 
@@ -211,6 +216,12 @@ def _show_lines(path: str, summary: Summary) -> Iterable[str]:
         ", a partial selection" if summary.partial else ""
     )
     yield f"files       {summary.files:>15,}   {format_bytes(summary.file_bytes)}"
+    if summary.packed_files:
+        unpacked = format_bytes(summary.unpacked_bytes)
+        yield (
+            f"  packed    {summary.packed_files:>15,}   {format_bytes(summary.packed_bytes)}, "
+            f"{unpacked} when unpacked (`reshard unpack`)"
+        )
     yield f"tensors     {summary.tensors:>15,}   {format_bytes(summary.tensor_bytes)}"
     yield ""
     yield "parameters"

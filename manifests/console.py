@@ -3,6 +3,7 @@
 stdout is data, stderr is talk. This file knows click and the error tree, and nothing of manifests.
 """
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from manifests.errors import ToolkitError
+from manifests.errors import ResourceError, ToolkitError
 
 EXIT_INTERRUPTED = 130
 
@@ -72,7 +73,8 @@ class Group(click.Group):
             where = f"{printable(str(error.filename))}: " if error.filename else ""
             click.echo(f"{name}: {where}{error.strerror or error}", err=True)
             _drop_broken_stdout()
-            sys.exit(ToolkitError.exit_code)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            sys.exit(ResourceError.exit_code if is_full else ToolkitError.exit_code)
 
 
 def _is_debugging(program: str) -> bool:

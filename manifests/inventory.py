@@ -6,19 +6,20 @@ needs one kind of description, wherever the bytes lie. Opening reads headers or 
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
+from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
 from manifests.mapping import map_file
 from manifests.names import expert_prefix, find_missing_scales, parse_name
-from manifests.paths import INDEX_NAME, MANIFEST_NAME, Kind
-from manifests.safety import check_relative, resolve_inside
+from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, Kind
+from manifests.safety import NOT_FOUND, check_relative, resolve_inside
 from manifests.schema import PLAIN, FileEntry, Manifest, ModelFacts, TensorEntry
 from manifests.storage import load
 
@@ -40,6 +41,8 @@ class Location:
         size: Bytes.
         dtype: safetensors tag.
         shape: Stored shape.
+        codec: ``none``, or how the whole file is compressed; the offset then counts in the unpacked file.
+        unpacked_size: Bytes of the whole file when unpacked.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Location:
     size: int
     dtype: str
     shape: tuple[int, ...]
+    codec: str
+    unpacked_size: int
 
 
 class TensorView:
@@ -119,12 +124,18 @@ class Checkpoint:
             UnsupportedModelError: Its bytes are stored in a way that only other tools read.
         """
         found = self._entries.get(name)
-        if found is None:
-            return None
-        file, tensor = found
-        if fault := _unreadable(file, tensor):
+        if found is not None and (fault := _unreadable(*found)):
             raise UnsupportedModelError(f"{self.root}: {fault}")
-        return self._location(file, tensor)
+        return self.locate(name)
+
+    def locate(self, name: str) -> Location | None:
+        """The tensor of this name however its bytes are stored, or None. Who reads it looks at the codec.
+
+        Raises:
+            ManifestError, SourceNotFoundError: See `find`.
+        """
+        found = self._entries.get(name)
+        return None if found is None else self._location(*found)
 
     def map_file(self, file: str) -> memoryview:
         """All bytes of one file, mapped read-only; see `manifests.mapping`. Path as in `Location.file`."""
@@ -210,12 +221,14 @@ class Checkpoint:
             size=tensor.size,
             dtype=tensor.dtype,
             shape=tensor.shape,
+            codec=file.codec,
+            unpacked_size=file.unpacked_size,
         )
 
 
 def _unreadable(file: FileEntry, tensor: TensorEntry) -> str | None:
     if file.codec != "none":
-        return f"{file.path} is stored compressed ({file.codec}); this version does not read tensors from such files"
+        return f"{file.path} is stored compressed ({file.codec}) and cannot be mapped; `reshard unpack` undoes that"
     if tensor.encoding != PLAIN:
         return f"{tensor.name} is encoded as {tensor.encoding}; this version reads plain tensors only"
     return None
@@ -226,6 +239,7 @@ def open(path: str | Path) -> Checkpoint:
 
     Raises:
         SourceNotFoundError: Nothing of the kind is there, or a shard is missing.
+        IncompleteError: It is being written, or was when its writer was stopped.
         ManifestError: The manifest, the index or a header is invalid, or they contradict each other.
     """
     path = Path(path)
@@ -237,20 +251,45 @@ def open(path: str | Path) -> Checkpoint:
         raise SourceNotFoundError(f"{path}: no such file or folder")
     if (path / MANIFEST_NAME).exists():
         return Checkpoint(path, load(path))
+    check_finished(path)
     shards = read_shards(path)
     return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
 
 
-def read_shards(root: Path) -> dict[str, Header]:
+def check_finished(folder: Path) -> None:
+    """Refuse a folder without a manifest that a run or a restore is writing or taking apart.
+
+    Raises:
+        IncompleteError: With what finishes it.
+    """
+    if (folder / JOURNAL_NAME).exists():
+        raise IncompleteError(
+            f"{folder}: is not finished; the same `reshard` command that began it goes on with it, --discard starts "
+            "again"
+        )
+    if (folder / ASIDE_NAME).exists():
+        raise IncompleteError(
+            f"{folder}: is being taken apart by `reshard restore --consume`; the same command goes on with it"
+        )
+
+
+def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[str, Header]:
     """The headers of a plain checkpoint's shards, by relative path in source order, checked against its index.
 
     Source order is the numeric order of names: Kimi-K2's ``model-2-of-61`` stands before ``model-10-of-61``.
+
+    Args:
+        root: The checkpoint's folder.
+        absent: Headers of shards that need not be there any more.
 
     Raises:
         SourceNotFoundError: No checkpoint here, or shards of the index are missing.
         ManifestError: Index and shards contradict each other, or one of them is invalid.
     """
+    absent = absent or {}
     weight_map = _read_weight_map(root)
+    if weight_map is None and absent:
+        return dict(absent)
     if weight_map is None:
         names = sorted(entry.name for entry in root.iterdir() if entry.suffix == SUFFIX and entry.is_file())
         if not names:
@@ -261,14 +300,24 @@ def read_shards(root: Path) -> dict[str, Header]:
             )
         return {names[0]: read_header(resolve_inside(root, names[0]))}
     names = sorted(set(weight_map.values()), key=_numeric_order)
-    missing = [name for name in names if not os.path.isfile(root / name)]
+    missing = [name for name in names if name not in absent and not _is_file(root / name)]
     if missing:
         raise SourceNotFoundError(
             f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them"
         )
-    shards = {name: read_header(resolve_inside(root, name)) for name in names}
+    shards = {name: absent.get(name) or read_header(resolve_inside(root, name)) for name in names}
     _check_index(root, weight_map, shards)
     return shards
+
+
+def _is_file(path: Path) -> bool:
+    """As os.path.isfile, which also takes a failing disk for an absent file."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in NOT_FOUND:
+            return False
+        raise
 
 
 def read_config(root: Path) -> Mapping[str, Any]:

@@ -1,10 +1,15 @@
 """Which relative paths may be followed below a folder. Everything that a file says about a path passes here."""
 
+import errno
 import os
 import stat
 from pathlib import Path, PureWindowsPath
 
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+
+
+NOT_FOUND = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a path that leads nowhere."""
 
 
 def check_relative(path: str, *, what: str) -> str:
@@ -52,6 +57,9 @@ def resolve_inside(root: Path, relative: str) -> Path:
         real = Path(os.path.realpath(path, strict=True))
         real_root = Path(os.path.realpath(root, strict=True))
     except OSError as error:
+        if error.errno not in NOT_FOUND:
+            # A failing disk, which says nothing of what is on it.
+            raise ToolkitError(f"{path}: cannot be looked at: {error.strerror}") from error
         raise SourceNotFoundError(f"{path}: no such file") from error
     if not real.is_relative_to(real_root) and real.parent != _hub_blobs(real_root):
         raise ManifestError(f"{path}: a link that leaves the folder, to {real}; copy the file there instead")

@@ -176,7 +176,7 @@ def to_document(manifest: Manifest) -> dict[str, Any]:
             "layers": _list_or_none(manifest.selection.layers),
             "experts": _list_or_none(manifest.selection.experts),
         },
-        "files": [_file_document(file) for file in manifest.files],
+        "files": [file_document(file) for file in manifest.files],
         "documents": [_document_document(document) for document in manifest.documents],
         "source": None if manifest.source is None else _source_document(manifest.source),
     }
@@ -211,7 +211,8 @@ def _tensor_document(tensor: TensorEntry) -> dict[str, Any]:
     return document
 
 
-def _file_document(file: FileEntry) -> dict[str, Any]:
+def file_document(file: FileEntry) -> dict[str, Any]:
+    """One entry of the document's ``files``."""
     document = _present(
         path=file.path,
         kind=str(file.kind),

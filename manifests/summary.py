@@ -53,12 +53,19 @@ class LayerSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What `manifests show` prints."""
+    """What `manifests show` prints.
+
+    `file_bytes` are those on disk. Files that are stored compressed are among them, and counted once more: how many
+    they are, the bytes they take, and those they unpack to.
+    """
 
     layout: str
     model_type: str | None
     files: int
     file_bytes: int
+    packed_files: int
+    packed_bytes: int
+    unpacked_bytes: int
     tensors: int
     tensor_bytes: int
     parameters: Parameters
@@ -73,6 +80,7 @@ class Summary:
 def summarize(manifest: Manifest) -> Summary:
     """Count everything in one pass over the tensors."""
     entries = [(parse_name(tensor.name), tensor) for file in manifest.files for tensor in file.tensors]
+    packed = [file for file in manifest.files if file.codec != "none"]
     by_role: Counter[str] = Counter()
     by_dtype: Counter[str] = Counter()
     count_by_dtype: Counter[str] = Counter()
@@ -85,6 +93,9 @@ def summarize(manifest: Manifest) -> Summary:
         model_type=manifest.model.model_type,
         files=len(manifest.files),
         file_bytes=sum(file.size for file in manifest.files),
+        packed_files=len(packed),
+        packed_bytes=sum(file.size for file in packed),
+        unpacked_bytes=sum(file.unpacked_size for file in packed),
         tensors=len(entries),
         tensor_bytes=sum(tensor.size for _, tensor in entries),
         parameters=_count_parameters(entries, manifest),

@@ -5,6 +5,7 @@ right, paths are safe, ranges lie inside their files without overlap, names and 
 with the digests they are built from, references resolve. Whether the files on disk are so is not asked here.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, TypeVar
@@ -32,26 +33,29 @@ from manifests.schema import (
     Source,
     TensorEntry,
 )
+from manifests.shared import Shared
 
 MAX_PROBLEMS = 1000
 """Enough to act on; a document of noise should not fill memory with complaints."""
 
 T = TypeVar("T")
-_HEX = frozenset("0123456789abcdef")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def parse(document: Any, *, what: str = "manifest") -> Manifest:
+def parse(document: Any, *, what: str = "manifest", keep: bool = True) -> Manifest:
     """Turn a document into a manifest.
 
     Args:
         document: Parsed JSON, with or without the ``manifest_sha256`` key (its value is checked by the reader
             of the bytes, `manifests.storage`).
         what: Name of the document for messages.
+        keep: Whether the document is needed afterwards. Else it is emptied on the way: a large one and its manifest
+            never are in memory together.
 
     Raises:
         ManifestError: With all problems.
     """
-    manifest, problems = _Reader().read(document)
+    manifest, problems = _Reader(keep=keep).read(document)
     if manifest is None or problems:
         first = problems[0]
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
@@ -101,8 +105,10 @@ class _TooManyError(Exception):
 class _Reader:
     """Reads one document. Bad parts yield a problem and None, so that the search goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self.problems: list[Problem] = []
+        self._shared = Shared()
 
     def read(self, document: Any) -> tuple[Manifest | None, list[Problem]]:
         try:
@@ -121,6 +127,8 @@ class _Reader:
         if not isinstance(value, dict):
             self._problem(loc, "invalid_type", "must be an object")
             return {}
+        if keys.required <= value.keys() <= keys.all:
+            return value
         for key in sorted(keys.required - value.keys()):
             self._problem(loc, "missing_key", f"{key!r} is missing")
         for key in sorted(value.keys() - keys.all):
@@ -165,7 +173,7 @@ class _Reader:
 
     @staticmethod
     def _is_sha256(value: Any) -> bool:
-        return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+        return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
     def _counts(self, mapping: dict[str, Any], key: str, loc: str) -> tuple[int, ...]:
         value = mapping.get(key, [])
@@ -179,8 +187,14 @@ class _Reader:
         if not isinstance(value, list):
             self._problem(f"{loc}{key}", "invalid_type", "must be a list")
             return ()
-        found = (read(item, f"{loc}{key}[{number}]") for number, item in enumerate(value))
-        return tuple(item for item in found if item is not None)
+        found = []
+        for number, item in enumerate(value):
+            entry = read(item, f"{loc}{key}[{number}]")
+            if entry is not None:
+                found.append(entry)
+            if not self._keep:
+                value[number] = None
+        return tuple(found)
 
     def _path(self, mapping: dict[str, Any], key: str, loc: str) -> str:
         path = self._text(mapping, key, loc)
@@ -271,13 +285,13 @@ class _Reader:
         if not tensor:
             return None
         name = self._text(tensor, "name", loc, limit=MAX_NAME_CHARS)
-        shape = self._counts(tensor, "shape", loc)
+        shape = self._shared[self._counts(tensor, "shape", loc)]
         entry = TensorEntry(
             name=name,
-            dtype=self._choice(tensor, "dtype", loc, BITS, "U8"),
+            dtype=self._shared[self._choice(tensor, "dtype", loc, BITS, "U8")],
             shape=shape,
-            offset=self._count(tensor, "offset", loc),
-            size=self._count(tensor, "size", loc),
+            offset=self._shared[self._count(tensor, "offset", loc)],
+            size=self._shared[self._count(tensor, "size", loc)],
             digest=self._sha256(tensor, "digest", loc),
             chunks=tuple(tensor["chunks"]) if self._chunks_are_sound(tensor, loc) else (),
             encoding=self._text(tensor, "encoding", loc, limit=40) if "encoding" in tensor else PLAIN,

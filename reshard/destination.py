@@ -9,34 +9,45 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from manifests.errors import LockedError, ResourceError, ToolkitError
+from manifests.paths import JOURNAL_NAME
 from manifests.storage import sync_folder
-from reshard.blocks import Reader, Writer, write_error
+from reshard.blocks import Reader, Writer, temporary_path, write_error
+from reshard.filesystem import existing_folder, free_inodes
 from reshard.lock import lock_folder
 
 
-def check_destination(source: Path, destination: Path) -> None:
-    """Refuse a destination that holds anything or overlaps the source.
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuse a destination that is a file or overlaps the source.
 
     Raises:
-        LockedError: Another process is writing there.
-        ToolkitError: Not empty, not a folder, or overlapping.
+        ToolkitError: It does.
     """
     real_source, real_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if real_destination == real_source:
         raise ToolkitError(f"{destination}: is the source itself; choose a folder beside it")
     if real_destination.is_relative_to(real_source) or real_source.is_relative_to(real_destination):
         raise ToolkitError(f"{destination}: lies inside {source} or around it; choose a folder beside it")
-    if destination.exists():
-        if not destination.is_dir():
-            raise ToolkitError(f"{destination}: is a file; choose a new or empty folder")
-        # Under the lock, so that a folder that is being written is called so, and not merely full.
-        with lock_folder(destination):
-            _check_empty(destination)
+    if destination.exists() and not destination.is_dir():
+        raise ToolkitError(f"{destination}: is a file; choose a new or empty folder")
+
+
+def check_empty(destination: Path) -> None:
+    """Refuse a folder that holds anything, but for a journal that was never finished.
+
+    Raises:
+        ToolkitError: It does.
+    """
+    if any(entry.name != temporary_path(Path(JOURNAL_NAME)).name for entry in destination.iterdir()):
+        raise ToolkitError(
+            f"{destination}: is not empty, and what is there is neither a resharded checkpoint nor a run to continue; "
+            "choose a new or empty folder"
+        )
 
 
 def check_room(destination: Path, needed: int) -> None:
@@ -52,40 +63,73 @@ def check_room(destination: Path, needed: int) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free space on the disk of a path, which need not exist yet."""
-    existing = Path(os.path.realpath(path))
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing_folder(path)).free
 
 
-def _check_empty(destination: Path) -> None:
-    if any(destination.iterdir()):
-        raise ToolkitError(
-            f"{destination}: is not empty; choose a new or empty folder, or delete what an interrupted run left"
+def check_inodes(destination: Path, needed: int) -> None:
+    """Refuse a disk on which so many files cannot be made.
+
+    Raises:
+        ResourceError: It has fewer inodes left.
+    """
+    free = free_inodes(destination)
+    if free is not None and free < needed:
+        raise ResourceError(
+            f"{destination}: needs {needed:,} files and folders, the file system can hold {free:,} more; "
+            "nothing was written"
         )
 
 
+def used_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder; holes do not count."""
+    found = (os.lstat(os.path.join(below, name)) for below, _, names in os.walk(folder) for name in names)
+    return sum(min(status.st_size, status.st_blocks * 512) for status in found)
+
+
+class Hold:
+    """A folder that this process has locked for writing, and what happens to it after a failure."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._is_ours = False
+
+    def own(self) -> None:
+        """Say that the folder was empty: after a failure, all that is in it is removed."""
+        self._is_ours = True
+
+    def keep(self) -> None:
+        """Say that something in it is worth keeping: after a failure it stays, and a later run goes on from it."""
+        self._is_ours = False
+
+    def clear(self) -> None:
+        """Remove what is ours, as far as the disk lets us: the failure that led here is what must be told."""
+        if self._is_ours:
+            empty_folder(self.folder)
+
+
 @contextmanager
-def all_or_nothing(destination: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; after any failure remove everything that was put there.
+def hold_folder(destination: Path) -> Iterator[Hold]:
+    """Make the folder and hold its lock; a failure leaves it as it was found, or as far as it is worth keeping.
 
     Raises:
         LockedError: Another process is writing there.
-        ToolkitError: It is not empty, or cannot be made, or the disk reports an error.
+        ToolkitError: It cannot be made, or the disk reports an error.
         ResourceError: The disk is full.
     """
     made = [folder for folder in (destination, *destination.parents) if not folder.exists()]
     with _one_interrupt() as ignore_interrupts:
         try:
             destination.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                # Before anything is freed for what will be in it.
+                sync_folder(folder.parent)
             with lock_folder(destination):
-                # Asked again under the lock: what is found from here on is ours, and so ours to remove.
-                _check_empty(destination)
+                hold = Hold(destination)
                 try:
-                    yield
+                    yield hold
                 except BaseException:
                     ignore_interrupts()
-                    _empty(destination)
+                    hold.clear()
                     raise
         except LockedError:
             raise
@@ -97,10 +141,11 @@ def all_or_nothing(destination: Path) -> Iterator[None]:
             raise
 
 
-def _empty(folder: Path) -> None:
-    """Remove all that is in a folder, as far as the disk lets us: the failure that led here is what must be told."""
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in a folder, as far as the disk lets us."""
     with suppress(OSError):
-        for entry in folder.iterdir():
+        # The journal last: who is killed here can start again here.
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == JOURNAL_NAME):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -148,28 +193,40 @@ def _one_interrupt() -> Iterator[Callable[[], None]]:
 
 
 def copy_file(source: Path, destination: Path) -> tuple[int, str]:
-    """Copy one small file durably; return its size and sha256."""
+    """Copy one small file durably; return its size and sha256. A finished copy that is there already is kept."""
     size = source.stat().st_size
     hasher = hashlib.sha256()
-    reader, writer = Reader(source), Writer(destination)
-    try:
-        offset = 0
-        for block in reader.blocks(0, size):
-            hasher.update(block)
-            writer.write(block, offset)
-            offset += len(block)
-        writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-    finally:
-        reader.close()
+    with closing(Reader(source)) as reader:
+        if destination.exists():
+            if destination.stat().st_size == size and hash_file(destination) == hash_file(source):
+                return size, hash_file(destination)
+            os.unlink(destination)
+        writer = _fresh_writer(destination)
+        try:
+            offset = 0
+            for block in reader.blocks(0, size):
+                hasher.update(block)
+                writer.write(block, offset)
+                offset += len(block)
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
     return size, hasher.hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """The sha256 of a whole file."""
+    hasher = hashlib.sha256()
+    with closing(Reader(path)) as reader:
+        for block in reader.blocks(0, path.stat().st_size):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write one small file durably."""
-    writer = Writer(path)
+    """Write one small file durably; what an interrupted run left of it is replaced."""
+    writer = _fresh_writer(path)
     try:
         writer.write(data, 0)
         writer.finish()
@@ -178,7 +235,16 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
+def _fresh_writer(path: Path) -> Writer:
+    temporary_path(path).unlink(missing_ok=True)
+    return Writer(path)
+
+
 def sync_folders(destination: Path) -> None:
     """Make every rename durable before the manifest says that the files are there."""
-    for folder, _, _ in os.walk(destination):
+    for folder, _, _ in os.walk(destination, onerror=_fail):
         sync_folder(Path(folder))
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error

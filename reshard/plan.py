@@ -3,14 +3,17 @@
 Pure: a plan follows from the source's headers and the selection alone. The mover decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import TypeAlias
 
 from manifests.errors import ManifestError, ToolkitError
 from manifests.header import Header, HeaderTensor, encode_header
-from manifests.names import Role, TensorName, find_missing_scales, parse_name
-from manifests.paths import Kind, Place, Widths, format_path, place_of
+from manifests.names import Role, find_missing_scales, parse_name
+from manifests.paths import Place, Widths, format_path, place_of
 from manifests.schema import Selection
+from manifests.shared import Shared
 from reshard.source import SourceCheckpoint
 
 
@@ -26,7 +29,10 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
-    """One tensor's way: from an absolute offset in a source shard to an absolute offset in an output file."""
+    """One tensor's way: from an absolute offset in a source shard to an absolute offset in an output file.
+
+    `file` is the number of the output file in `Plan.files`.
+    """
 
     name: str
     dtype: str
@@ -34,18 +40,33 @@ class PlannedTensor:
     size: int
     shard: str
     source_offset: int
+    file: int
     output_offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """One output file: where it stands, the bytes of its header, its tensors in file order, its size."""
+    """One output file: where it stands, bytes of its header, its tensors in file order, bytes of all of it."""
 
     path: str
     place: Place
-    header: bytes
+    header_size: int
     tensors: tuple[PlannedTensor, ...]
     size: int
+
+    @property
+    def header(self) -> bytes:
+        """The header itself, made anew each time: kept, DeepSeek-V3's fifteen thousand would be 62 MB of padding."""
+        return _encode(
+            HeaderTensor(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                begin=tensor.output_offset - self.header_size,
+                end=tensor.output_offset - self.header_size + tensor.size,
+            )
+            for tensor in self.tensors
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +97,17 @@ class Plan:
         """Bytes of the output files with their headers."""
         return sum(file.size for file in self.files)
 
+    def by_shard(self) -> dict[str, list[PlannedTensor]]:
+        """What is taken of each shard, in the order in which it lies there; a shard that gives nothing is absent."""
+        taken: dict[str, list[PlannedTensor]] = {}
+        for file in self.files:
+            for tensor in file.tensors:
+                taken.setdefault(tensor.shard, []).append(tensor)
+        for tensors in taken.values():
+            # An empty tensor lies where its neighbour begins, and comes before it.
+            tensors.sort(key=lambda tensor: (tensor.source_offset, tensor.size))
+        return taken
+
 
 def make_plan(source: SourceCheckpoint, selection: Selection) -> Plan:
     """Decide where every tensor goes.
@@ -84,70 +116,72 @@ def make_plan(source: SourceCheckpoint, selection: Selection) -> Plan:
         ManifestError: An FP8 weight has no scales.
         SelectionError: The selection names a layer or expert that is not there.
     """
-    named = [
-        (parse_name(tensor.name), shard, tensor, len(header.raw) + tensor.begin)
-        for shard, header in source.shards.items()
-        for tensor in header.tensors
-    ]
-    names = [name for name, *_ in named]
     _check_scales(source.shards)
-    _check_selection(names, selection)
+    groups: dict[Place, list[_Item]] = {}
+    unknown: set[str] = set()
+    for shard, header in source.shards.items():
+        for tensor in header.tensors:
+            name = parse_name(tensor.name)
+            groups.setdefault(place_of(name), []).append((name.is_scale, shard, len(header.raw), tensor))
+            if name.role is Role.UNKNOWN:
+                unknown.add(tensor.name)
+    _check_selection(groups, selection)
     widths = Widths.for_numbers(
-        max((name.layer for name in names if name.layer is not None), default=0),
-        max((name.expert for name in names if name.expert is not None), default=0),
+        max((place.layer for place in groups if place.layer is not None), default=0),
+        max((place.expert for place in groups if place.expert is not None), default=0),
     )
-    groups: dict[Place, list[tuple[TensorName, str, HeaderTensor, int]]] = {}
-    taken_by_shard = dict.fromkeys(source.shards, 0)
-    for item in named:
-        place = place_of(item[0])
-        if selection.includes(place.layer, place.expert):
-            groups.setdefault(place, []).append(item)
-            taken_by_shard[item[1]] += 1
-    files = [_plan_file(format_path(place, widths), place, items) for place, items in groups.items()]
-    files.sort(key=lambda file: file.path)
+    taken = {format_path(place, widths): place for place in groups if selection.includes(place.layer, place.expert)}
+    shared = Shared()
+    # Popped: what one file needed while it was planned makes room for the next.
+    files = tuple(
+        _plan_file(number, path, taken[path], groups.pop(taken[path]), shared)
+        for number, path in enumerate(sorted(taken))
+    )
+    left_out = [shard for items in groups.values() for _, shard, _, _ in items]
     return Plan(
-        files=tuple(files),
+        files=files,
         selection=selection,
-        complete_shards=frozenset(
-            shard for shard, header in source.shards.items() if taken_by_shard[shard] == len(header.tensors)
-        ),
-        unknown={
-            tensor.name: file.path
-            for file in files
-            if file.place.kind is Kind.DENSE
-            for tensor in file.tensors
-            if parse_name(tensor.name).role is Role.UNKNOWN
-        },
-        left_out_tensors=len(named) - sum(taken_by_shard.values()),
+        complete_shards=frozenset(source.shards).difference(left_out),
+        unknown={tensor.name: file.path for file in files for tensor in file.tensors if tensor.name in unknown},
+        left_out_tensors=len(left_out),
     )
 
 
-def _plan_file(path: str, place: Place, items: list[tuple[TensorName, str, HeaderTensor, int]]) -> PlannedFile:
+_Item: TypeAlias = tuple[bool, str, int, HeaderTensor]
+"""A tensor on its way into a file: whether it holds scales, its shard, where that one's payload begins, its entry."""
+
+
+def _plan_file(number: int, path: str, place: Place, items: list[_Item], shared: Shared) -> PlannedFile:
     # Weights first, in source order, then scales: V3's three expert matrices are whole pages long, so each of them
     # starts on a page boundary, and the small scales do not shift them.
-    ordered = sorted(items, key=lambda item: item[0].is_scale)
+    items.sort(key=itemgetter(0))
     entries = []
     position = 0
-    for _, _, tensor, _ in ordered:
+    for _, _, _, tensor in items:
         size = tensor.end - tensor.begin
         entries.append(
             HeaderTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, begin=position, end=position + size)
         )
         position += size
-    header = encode_header(entries, align=PAGE_BYTES)
+    header_size = len(_encode(entries))
     tensors = tuple(
         PlannedTensor(
             name=entry.name,
-            dtype=entry.dtype,
-            shape=entry.shape,
-            size=entry.end - entry.begin,
+            dtype=shared[entry.dtype],
+            shape=shared[entry.shape],
+            size=shared[entry.end - entry.begin],
             shard=shard,
-            source_offset=source_offset,
-            output_offset=len(header) + entry.begin,
+            source_offset=payload + tensor.begin,
+            file=number,
+            output_offset=shared[header_size + entry.begin],
         )
-        for entry, (_, shard, _, source_offset) in zip(entries, ordered, strict=True)
+        for entry, (_, shard, payload, tensor) in zip(entries, items, strict=True)
     )
-    return PlannedFile(path=path, place=place, header=header, tensors=tensors, size=len(header) + position)
+    return PlannedFile(path=path, place=place, header_size=header_size, tensors=tensors, size=header_size + position)
+
+
+def _encode(entries: Iterable[HeaderTensor]) -> bytes:
+    return encode_header(list(entries), align=PAGE_BYTES)
 
 
 def _check_scales(shards: Mapping[str, Header]) -> None:
@@ -161,10 +195,10 @@ def _check_scales(shards: Mapping[str, Header]) -> None:
         )
 
 
-def _check_selection(names: list[TensorName], selection: Selection) -> None:
+def _check_selection(places: Collection[Place], selection: Selection) -> None:
     for what, chosen, present in (
-        ("layer", selection.layers, {name.layer for name in names}),
-        ("expert", selection.experts, {name.expert for name in names}),
+        ("layer", selection.layers, {place.layer for place in places}),
+        ("expert", selection.experts, {place.expert for place in places}),
     ):
         absent = [number for number in chosen or () if number not in present]
         if absent:

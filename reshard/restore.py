@@ -1,25 +1,52 @@
 """The way back: the source checkpoint byte for byte, each shard proven by the sha256 that the source had.
 
-`check` does the same reading and hashing and writes nothing: what one runs before deleting the original.
+`check` does the same reading and hashing and writes nothing: what one runs before deleting the original. A restore that
+is stopped is continued by the same command. One that consumes frees each file as soon as every shard that needs it is
+durable; before the first, the manifest steps aside, because the folder is complete no longer.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from manifests.errors import IntegrityError
+from manifests import inventory
+from manifests.digest import sha256_hex
+from manifests.errors import IntegrityError, ManifestError
 from manifests.header import Header
-from manifests.inventory import Checkpoint, Location
+from manifests.inventory import Checkpoint
+from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import resolve_inside
 from manifests.schema import Document, Shard
-from manifests.storage import sync_folder
-from reshard.blocks import Reader, Writer
-from reshard.destination import all_or_nothing, check_destination, check_room, sync_folders, write_file
+from manifests.storage import decode, sync_folder
+from reshard.blocks import Writer, data_bytes, temporary_path
+from reshard.consume import check_consumable, free_file, peak_bytes, restore_steps, same_disk
+from reshard.destination import (
+    Hold,
+    check_apart,
+    check_empty,
+    check_room,
+    copy_file,
+    hash_file,
+    hold_folder,
+    sync_folders,
+    used_bytes,
+    write_file,
+)
+from reshard.journal import CONSUMES, Journal, JournalContents, is_consuming, read_journal
+from reshard.lock import lock_folder
 from reshard.progress import Progress
 from reshard.saved import read_document, read_saved_headers, require_source
+from reshard.streams import Piece, Ring, Target, pump
+from reshard.verify import verify
 from reshard.workers import StopFlag, run_all
+
+FINISHED = {"finished": True}
+"""The record behind which only leavings of the checkpoint remain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,25 +58,87 @@ class RestoredShard:
     sha256: str
 
 
-def restore(checkpoint: Checkpoint, out: Path, *, jobs: int, progress: Progress) -> list[RestoredShard]:
-    """Write the source checkpoint into an empty or new folder: shards, index, auxiliary files.
+def open_restored(folder: Path, out: Path) -> Checkpoint:
+    """The checkpoint to restore, also one that an interrupted restore has begun to take apart.
+
+    Raises:
+        ToolkitError: See `manifests.open`.
+    """
+    if not (folder / MANIFEST_NAME).exists() and (out / JOURNAL_NAME).exists() and (folder / ASIDE_NAME).exists():
+        path = folder / ASIDE_NAME
+        return Checkpoint(folder, decode(path.read_bytes(), what=str(path)))
+    return inventory.open(folder)
+
+
+def clean_up_restored(folder: Path, out: Path) -> bool:
+    """End a restore that was stopped when all was written and only the leavings remained.
+
+    Returns:
+        Whether that was so.
+    """
+    contents = read_journal(out) if out.is_dir() else None
+    if contents is None or contents.begin.get("task") != "restore" or (folder / MANIFEST_NAME).exists():
+        return False
+    if FINISHED not in contents.records:
+        return False
+    aside = folder / ASIDE_NAME
+    if aside.exists() and sha256_hex(aside.read_bytes()) != contents.begin.get("manifest"):
+        return False
+    with hold_folder(out):
+        # Durable first: what it says was perhaps never written to the disk.
+        journal = contents.reopen()
+        if aside.exists():
+            _remove_rest(Checkpoint(folder, decode(aside.read_bytes(), what=str(aside))))
+        _remove_empty(folder)
+        journal.remove()
+    return True
+
+
+def consume_peak_bytes(checkpoint: Checkpoint, headers: Mapping[str, Header], jobs: int) -> int:
+    """The most that a restore which consumes its files takes beyond them."""
+    file_of = _files_of(checkpoint)
+    shards = [
+        (shard.size, {file_of[tensor.name] for tensor in headers[shard.name].tensors})
+        for shard in require_source(checkpoint).shards
+    ]
+    documents = sum(document.content_size for document in _kept_documents(checkpoint))
+    file_bytes = {file.path: file.size for file in checkpoint.manifest.files}
+    return documents + peak_bytes(restore_steps(shards, file_bytes), jobs)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+    consume: bool = False,
+    paranoid: bool = False,
+) -> list[RestoredShard]:
+    """Write the source checkpoint into an empty or new folder: shards, index, auxiliary files. Or go on with that.
+
+    Args:
+        checkpoint: See `open_restored`.
+        out: The folder.
+        jobs: Shards that are written at the same time.
+        progress: Counts payload bytes.
+        consume: Whether to free the checkpoint's files as they are used up.
+        paranoid: Whether to hash what an earlier restore left before trusting it.
 
     Raises:
         IncompleteError: Only a part was resharded.
         IntegrityError: The rebuilt bytes are not the source's.
-        ToolkitError, ResourceError: See `check_destination` and `check_room` in `reshard.destination`.
+        LockedError, ToolkitError, ResourceError: See `reshard.destination`.
     """
     headers = read_saved_headers(checkpoint)
-    documents = [document for document in checkpoint.manifest.documents if document.source_name is not None]
-    needed = sum(shard.size for shard in require_source(checkpoint).shards)
-    check_destination(checkpoint.root, out)
-    check_room(out, needed + sum(document.content_size for document in documents))
-    with all_or_nothing(out):
-        restored = _rebuild(checkpoint, headers, out, jobs=jobs, progress=progress)
-        for document in documents:
-            if document.role != "source_header" and document.source_name is not None:
-                _rebuild_document(checkpoint, document, out / document.source_name)
-        sync_folders(out)
+    check_apart(checkpoint.root, out)
+    with ExitStack() as locks:
+        if consume:
+            names = [file.path for file in checkpoint.manifest.files]
+            check_consumable(checkpoint.root, [name for name in names if os.path.lexists(checkpoint.root / name)])
+            locks.enter_context(lock_folder(checkpoint.root))
+        hold = locks.enter_context(hold_folder(out))
+        restored = _Restore(checkpoint, headers, out, jobs, progress, consume=consume, paranoid=paranoid).execute(hold)
     sync_folder(out.parent)
     return restored
 
@@ -61,107 +150,285 @@ def check(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Rest
         IncompleteError, IntegrityError: See `restore`.
     """
     headers = read_saved_headers(checkpoint)
-    restored = _rebuild(checkpoint, headers, None, jobs=jobs, progress=progress)
+    ring = Ring()
+    names = _names_of(checkpoint)
+
+    def rebuild(shard: Shard, stop: StopFlag) -> RestoredShard:
+        pieces = _pieces(checkpoint, headers[shard.name], names, None)
+        return _rebuild(shard, headers[shard.name], pieces, ring, progress, stop)
+
+    restored = run_all(rebuild, require_source(checkpoint).shards, workers=jobs)
     for document in checkpoint.manifest.documents:
         if document.source_name is not None:
-            _rebuild_document(checkpoint, document, None)
+            _prove_document(checkpoint, document)
     return restored
 
 
-def _rebuild(
-    checkpoint: Checkpoint, headers: Mapping[str, Header], out: Path | None, *, jobs: int, progress: Progress
-) -> list[RestoredShard]:
-    # Found before the workers start, so that they share finished tables only.
-    places = {
-        tensor.source_name: checkpoint.find(tensor.name)
-        for file in checkpoint.manifest.files
-        for tensor in file.tensors
-    }
+class _Restore:
+    """One restore into one folder that is held."""
 
-    def rebuild(shard: Shard, stop: StopFlag) -> RestoredShard:
-        header = headers[shard.name]
-        pieces = [place for tensor in header.tensors if (place := places[tensor.name]) is not None]
-        return _rebuild_shard(shard, header, pieces, out, progress, stop)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        headers: Mapping[str, Header],
+        out: Path,
+        jobs: int,
+        progress: Progress,
+        *,
+        consume: bool,
+        paranoid: bool,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._headers = headers
+        self._out = out
+        self._jobs = jobs
+        self._progress = progress
+        self._consume = consume
+        self._paranoid = paranoid
+        self._shards = require_source(checkpoint).shards
+        file_of = _files_of(checkpoint)
+        self._files = {name: {file_of[tensor.name] for tensor in header.tensors} for name, header in headers.items()}
 
-    return run_all(rebuild, require_source(checkpoint).shards, workers=jobs)
-
-
-def _rebuild_shard(
-    shard: Shard, header: Header, pieces: list[Location], out: Path | None, progress: Progress, stop: StopFlag
-) -> RestoredShard:
-    """Stream one shard: its saved header, then its tensors in their original order from wherever they lie now."""
-    hasher = hashlib.sha256(header.raw)
-    with _maybe_writer(None if out is None else out / shard.name) as writer:
-        if writer is not None:
-            writer.write(header.raw, 0)
-        position = len(header.raw)
-        for block in _payload(pieces):
-            stop.check()
-            hasher.update(block)
-            if writer is not None:
-                writer.write(block, position)
-            position += len(block)
-            progress.advance(len(block))
-        digest = hasher.hexdigest()
-        if shard.sha256 is not None and digest != shard.sha256:
-            raise IntegrityError(
-                f"{shard.name}: its rebuilt bytes have sha256 {digest}, the source had {shard.sha256}; "
-                "run `reshard verify` to find the damaged file"
+    def execute(self, hold: Hold) -> list[RestoredShard]:
+        """From what is there to the whole source."""
+        contents = read_journal(self._out)
+        done: dict[str, RestoredShard] = {}
+        if contents is None:
+            check_empty(self._out)
+        else:
+            self._require_same(contents)
+            done = self._recorded(contents)
+        self._check_room()
+        if contents is not None:
+            journal = contents.reopen()
+        else:
+            hold.own()
+            journal = Journal.create(
+                self._out, {"task": "restore", "manifest": self._manifest_name(), "consume": self._consume}
             )
-        if writer is not None:
-            writer.finish()
-    return RestoredShard(name=shard.name, size=position, sha256=digest)
+        self._progress.skip(sum(shard.size for shard in done.values()))
+        try:
+            for document in _kept_documents(self._checkpoint):
+                _restore_document(self._checkpoint, document, self._out)
+            sync_folders(self._out)
+            if self._consume:
+                hold.keep()
+                if contents is not None and not is_consuming(contents):
+                    journal.append(CONSUMES)
+                self._set_aside()
+            self._rebuild_all(done, journal, hold)
+            if self._consume:
+                journal.append(FINISHED)
+                _remove_rest(self._checkpoint)
+                _remove_empty(self._checkpoint.root)
+        finally:
+            journal.close()
+        hold.keep()
+        os.unlink(self._out / JOURNAL_NAME)
+        sync_folder(self._out)
+        return [done[shard.name] for shard in self._shards]
+
+    def _rebuild_all(self, done: dict[str, RestoredShard], journal: Journal, hold: Hold) -> None:
+        users = Counter(file for shard in self._shards if shard.name not in done for file in self._files[shard.name])
+        if self._consume:
+            self._free(file.path for file in self._checkpoint.manifest.files if not users[file.path])
+        lock = threading.Lock()
+        ring = Ring()
+        names = _names_of(self._checkpoint)
+
+        def rebuild(shard: Shard, stop: StopFlag) -> None:
+            self._progress.at(shard.name)
+            target = self._out / shard.name
+            target.unlink(missing_ok=True)
+            temporary_path(target).unlink(missing_ok=True)
+            writer = Writer(target, shard.size)
+            try:
+                header = self._headers[shard.name]
+                writer.write(header.raw, 0)
+                pieces = _pieces(self._checkpoint, header, names, writer)
+                try:
+                    restored = _rebuild(shard, header, pieces, ring, self._progress, stop)
+                except IntegrityError as error:
+                    raise IntegrityError(f"{error}{self._name_damage(shard)}") from error
+                writer.finish()
+            except BaseException:
+                writer.abandon()
+                raise
+            sync_folders(self._out)
+            with lock:
+                journal.append({"shard": shard.name, "sha256": restored.sha256})
+                hold.keep()
+                done[shard.name] = restored
+                self._progress.event("shard", name=shard.name, sha256=restored.sha256, bytes=restored.size)
+                for file in self._files[shard.name]:
+                    users[file] -= 1
+                if self._consume:
+                    self._free(file for file in self._files[shard.name] if not users[file])
+
+        run_all(rebuild, [shard for shard in self._shards if shard.name not in done], workers=self._jobs)
+
+    def _name_damage(self, shard: Shard) -> str:
+        """What of a shard's files is damaged: `verify` cannot say it of a folder that is being taken apart."""
+        manifest = self._checkpoint.manifest
+        files = tuple(file for file in manifest.files if file.path in self._files[shard.name])
+        part = Checkpoint(self._checkpoint.root, replace(manifest, files=files, documents=()))
+        with Progress(0, label="", quiet=True) as unseen:
+            damage = verify(part, jobs=1, progress=unseen)
+        return "".join(f"; {found.path}: bytes {found.begin}-{found.end} are damaged" for found in damage[:3])
+
+    def _require_same(self, contents: JournalContents) -> None:
+        if contents.begin.get("task") != "restore" or contents.begin.get("manifest") != self._manifest_name():
+            raise ManifestError(
+                f"{self._out}: another command was interrupted here; finish that first, or choose another folder"
+            )
+
+    def _recorded(self, contents: JournalContents) -> dict[str, RestoredShard]:
+        """The shards that are recorded and still there; hashed again where files may yet be freed for them."""
+        found = {}
+        recorded = {str(record.get("shard")): record.get("sha256") for record in contents.records}
+        for shard in self._shards:
+            path = self._out / shard.name
+            sha256 = recorded.get(shard.name)
+            gone = [file for file in self._files[shard.name] if not (self._checkpoint.root / file).exists()]
+            is_there = path.exists() and path.stat().st_size == shard.size
+            # One whose record was lost has only its own bytes to speak for it, if they cannot be made again.
+            if is_there and (isinstance(sha256, str) or gone):
+                is_doubted = (
+                    self._paranoid
+                    or not isinstance(sha256, str)
+                    or (self._consume and len(gone) < len(self._files[shard.name]))
+                )
+                if shard.sha256 is not None and (not is_doubted or hash_file(path) == shard.sha256):
+                    found[shard.name] = RestoredShard(name=shard.name, size=shard.size, sha256=shard.sha256)
+            if shard.name not in found and gone:
+                raise IntegrityError(
+                    f"{self._out / shard.name}: is damaged, and {gone[0]}, which it was made from, was freed; "
+                    "put the shard back from another copy"
+                )
+        return found
+
+    def _check_room(self) -> None:
+        """What an earlier restore has taken is no longer free, and is no longer needed."""
+        used = used_bytes(self._out)
+        files = self._checkpoint.manifest.files
+        there = [file for file in files if (self._checkpoint.root / file.path).exists()]
+        if self._consume and same_disk(self._checkpoint.root, self._out):
+            needed = consume_peak_bytes(self._checkpoint, self._headers, self._jobs)
+            used = max(0, used - sum(file.size for file in files) + sum(file.size for file in there))
+        else:
+            holes = sum(file.size - data_bytes(self._checkpoint.root / file.path) for file in there)
+            documents = sum(document.content_size for document in _kept_documents(self._checkpoint))
+            needed = max(0, sum(shard.size for shard in self._shards) - holes) + documents
+        check_room(self._out, max(0, needed - used))
+
+    def _set_aside(self) -> None:
+        root = self._checkpoint.root
+        if (root / MANIFEST_NAME).exists():
+            os.rename(root / MANIFEST_NAME, root / ASIDE_NAME)
+            sync_folder(root)
+
+    def _free(self, files: Iterable[str]) -> None:
+        for file in files:
+            if (self._checkpoint.root / file).exists():
+                free_file(self._checkpoint.root / file)
+
+    def _manifest_name(self) -> str:
+        """What tells this checkpoint from others: the sha256 of its manifest's bytes."""
+        root = self._checkpoint.root
+        path = root / MANIFEST_NAME
+        return sha256_hex((path if path.exists() else root / ASIDE_NAME).read_bytes())
 
 
-def _rebuild_document(checkpoint: Checkpoint, document: Document, target: Path | None) -> None:
-    """Prove one document, and write it where a target is given."""
+def _pieces(checkpoint: Checkpoint, header: Header, names: Mapping[str, str], writer: Writer | None) -> list[Piece]:
+    """A shard's tensors in their original order, from wherever they lie now."""
+    pieces = []
+    for tensor in header.tensors:
+        place = checkpoint.locate(names[tensor.name])
+        assert place is not None
+        target = None if writer is None else Target(open=lambda: writer, offset=len(header.raw) + tensor.begin)
+        unpacked_size = None if place.codec == "none" else place.unpacked_size
+        pieces.append(
+            Piece(path=place.path, offset=place.offset, size=place.size, target=target, unpacked_size=unpacked_size)
+        )
+    return pieces
+
+
+def _rebuild(
+    shard: Shard, header: Header, pieces: list[Piece], ring: Ring, progress: Progress, stop: StopFlag
+) -> RestoredShard:
+    """Stream one shard, its saved header first, and prove it."""
+    hasher = hashlib.sha256(header.raw)
+    pump(pieces, whole=hasher, digests=False, ring=ring, progress=progress, stop=stop)
+    digest = hasher.hexdigest()
+    if shard.sha256 is not None and digest != shard.sha256:
+        raise IntegrityError(
+            f"{shard.name}: its rebuilt bytes have sha256 {digest}, the source had {shard.sha256}; "
+            "run `reshard verify` to find the damaged file"
+        )
+    return RestoredShard(name=shard.name, size=header.file_bytes, sha256=digest)
+
+
+def _kept_documents(checkpoint: Checkpoint) -> list[Document]:
+    """Those that go back into the source as files."""
+    return [
+        document
+        for document in checkpoint.manifest.documents
+        if document.source_name is not None and document.role != "source_header"
+    ]
+
+
+def _restore_document(checkpoint: Checkpoint, document: Document, out: Path) -> None:
+    assert document.source_name is not None
+    target = out / document.source_name
     if document.codec != "none":
-        content = read_document(checkpoint, document)
-        if target is not None:
-            write_file(target, content)
+        write_file(target, read_document(checkpoint, document))
         return
-    # Block by block: an auxiliary file may be of any size.
-    hasher = hashlib.sha256()
     path = resolve_inside(checkpoint.root, document.path)
-    with closing(Reader(path)) as reader, _maybe_writer(target) as writer:
-        position = 0
-        for block in reader.blocks(0, document.size):
-            hasher.update(block)
-            if writer is not None:
-                writer.write(block, position)
-            position += len(block)
-        if path.stat().st_size != document.size or hasher.hexdigest() != document.sha256:
-            raise IntegrityError(f"{path}: its bytes are not those in the manifest; it is damaged")
-        if writer is not None:
-            writer.finish()
+    size, sha256 = copy_file(path, target)
+    if (size, sha256) != (document.size, document.sha256):
+        target.unlink()
+        raise IntegrityError(f"{path}: its bytes are not those in the manifest; it is damaged")
 
 
-def _payload(pieces: list[Location]) -> Iterator[memoryview]:
-    """The bytes of tensors one after the other; neighbours in one file share its open file."""
-    reader: Reader | None = None
-    path: Path | None = None
-    try:
-        for piece in pieces:
-            if reader is None or path != piece.path:
-                if reader is not None:
-                    reader.close()
-                    reader = None
-                reader, path = Reader(piece.path), piece.path
-            yield from reader.blocks(piece.offset, piece.size)
-    finally:
-        if reader is not None:
-            reader.close()
-
-
-@contextmanager
-def _maybe_writer(path: Path | None) -> Iterator[Writer | None]:
-    """A writer that leaves nothing behind after a failure; None when nothing is to be written."""
-    if path is None:
-        yield None
+def _prove_document(checkpoint: Checkpoint, document: Document) -> None:
+    if document.codec != "none":
+        read_document(checkpoint, document)
         return
-    writer = Writer(path)
-    try:
-        yield writer
-    except BaseException:
-        writer.abandon()
-        raise
+    path = resolve_inside(checkpoint.root, document.path)
+    if path.stat().st_size != document.size or hash_file(path) != document.sha256:
+        raise IntegrityError(f"{path}: its bytes are not those in the manifest; it is damaged")
+
+
+def _files_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name in the source."""
+    return {tensor.source_name: file.path for file in checkpoint.manifest.files for tensor in file.tensors}
+
+
+def _names_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Each tensor's name here, by its name in the source."""
+    return {tensor.source_name: tensor.name for file in checkpoint.manifest.files for tensor in file.tensors}
+
+
+def _remove_rest(checkpoint: Checkpoint) -> None:
+    """Remove what is left of a checkpoint whose source is whole again; the manifest, which names it, last."""
+    root = checkpoint.root
+    for document in checkpoint.manifest.documents:
+        (root / document.path).unlink(missing_ok=True)
+    paths = [file.path for file in checkpoint.manifest.files]
+    paths += [document.path for document in checkpoint.manifest.documents]
+    folders = {
+        folder for path in paths for folder in (root / path).parents if folder != root and folder.is_relative_to(root)
+    }
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        # A folder that somebody put something into stays.
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    sync_folder(root)
+    (root / ASIDE_NAME).unlink(missing_ok=True)
+    sync_folder(root)
+
+
+def _remove_empty(root: Path) -> None:
+    with suppress(OSError):  # something of somebody's is in it, or it is a link, or it is gone
+        root.rmdir()
+    sync_folder(root.parent)

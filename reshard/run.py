@@ -1,140 +1,398 @@
-"""A whole reshard in order: check the destination, move the bytes, write the documents, the manifest last.
+"""A whole reshard in order: what is there already, the small files, the bytes, the manifest last.
 
-A folder with a manifest is complete; whatever fails before that leaves the destination as it was found.
+A folder with a manifest is complete. What fails before that is continued by the same command, from the last shard that
+the journal records; a run that got as far as no shard leaves the destination as it was found.
 """
 
-import json
-from collections.abc import Iterable
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from manifests.digest import sha256_hex
+from manifests.digest import file_digest, sha256_hex, tensor_digest
+from manifests.errors import ToolkitError
 from manifests.inventory import model_facts
-from manifests.paths import INDEX_NAME, SOURCE_FOLDER
-from manifests.safety import resolve_inside
-from manifests.schema import Document, FileEntry, Manifest, Shard, Source
+from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.schema import Document, FileEntry, Manifest, Shard, Source, TensorEntry
 from manifests.storage import save, sync_folder
-from reshard.archive import pack
-from reshard.destination import all_or_nothing, check_destination, check_room, copy_file, sync_folders, write_file
-from reshard.plan import Plan
+from reshard.blocks import data_bytes
+from reshard.consume import check_consumable, free_file, peak_bytes, reshard_steps, same_disk
+from reshard.destination import (
+    Hold,
+    check_apart,
+    check_empty,
+    check_inodes,
+    check_room,
+    hold_folder,
+    sync_folders,
+    used_bytes,
+)
+from reshard.documents import header_paths, write_index, write_kept
+from reshard.earlier import (
+    Earlier,
+    describe_selection,
+    describe_source,
+    find_earlier,
+    require_same_documents,
+    require_same_source,
+    require_same_task,
+)
+from reshard.forecast import needed_inodes
+from reshard.journal import CONSUMES, Journal
+from reshard.lock import lock_folder
+from reshard.plan import Plan, PlannedFile, SelectionError
 from reshard.progress import Progress
-from reshard.source import AuxiliaryFile, SourceCheckpoint
-from reshard.transfer import transfer
+from reshard.resume import check_claims
+from reshard.source import SourceCheckpoint
+from reshard.transfer import Durable, MovedShard, transfer
 
-MANIFEST_BYTES_PER_TENSOR = 400
-"""An upper estimate, for the check of free space: DeepSeek-V3's manifest takes about 270."""
+MANIFEST_BYTES_PER_TENSOR = 800
+"""An upper estimate, for the check of free space: in DeepSeek-V3's manifest and journal a tensor takes about 500."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        files: Files with tensors in the finished checkpoint.
+        documents: Its other files, but for the manifest.
+        file_bytes: Bytes of the files with tensors.
+        moved_bytes: Payload that this run wrote.
+        kept_bytes: Payload that was there already.
+    """
+
+    files: int
+    documents: int
+    file_bytes: int
+    moved_bytes: int
+    kept_bytes: int
 
 
 def needed_bytes(source: SourceCheckpoint, plan: Plan) -> int:
-    """Bytes that the destination will take, a little over-estimated."""
+    """Bytes that the destination will take, a little over-estimated. Holes of the source take none."""
     tensors = sum(len(file.tensors) for file in plan.files)
     headers = sum(len(header.raw) for header in source.shards.values()) + len(source.index or b"")
     auxiliary = sum(file.size for file in source.auxiliary)
+    holes = sum(
+        header.file_bytes - data_bytes(source.root / shard)
+        for shard, header in source.shards.items()
+        if (source.root / shard).exists()
+    )
+    payload = max(0, plan.payload_bytes - holes)
     # Our index and the manifest; the saved headers are smaller than the originals.
-    return plan.output_bytes + auxiliary + headers + len(source.index or b"") + tensors * MANIFEST_BYTES_PER_TENSOR
+    return (
+        plan.output_bytes - plan.payload_bytes
+        + payload
+        + auxiliary + headers + len(source.index or b"")
+        + tensors * MANIFEST_BYTES_PER_TENSOR
+    )  # fmt: skip
+
+
+def consume_peak_bytes(source: SourceCheckpoint, plan: Plan, jobs: int = 1) -> int:
+    """The most that a run which consumes its source takes beyond the source itself."""
+    shard_bytes = {shard: header.file_bytes for shard, header in source.shards.items()}
+    beside = needed_bytes(source, plan) - plan.output_bytes
+    return max(0, beside) + peak_bytes(reshard_steps(plan, shard_bytes), jobs)
+
+
+def still_needed_bytes(source: SourceCheckpoint, plan: Plan, destination: Path, *, consume: bool, jobs: int) -> int:
+    """Bytes that must be free. What an earlier run has taken is no longer free, and is no longer needed."""
+    used = used_bytes(destination)
+    needed = needed_bytes(source, plan)
+    if consume and same_disk(source.root, destination):
+        # Holes are not subtracted: a little too careful, and simple.
+        needed = consume_peak_bytes(source, plan, jobs)
+        freed = (header.file_bytes for shard, header in source.shards.items() if not (source.root / shard).exists())
+        used = max(0, used - sum(freed))
+    return max(0, needed - used)
+
+
+def check_consume(source: SourceCheckpoint, plan: Plan) -> None:
+    """Refuse to consume a source that would be lost or not freed.
+
+    Raises:
+        SelectionError: Only a part is taken.
+        ToolkitError: A shard is a link or has several names.
+    """
+    if plan.left_out_tensors:
+        raise SelectionError(
+            "--consume frees the whole source, so it takes the whole checkpoint: leave out --layers and --experts"
+        )
+    check_consumable(source.root, [shard for shard in source.shards if (source.root / shard).exists()])
 
 
 def reshard_checkpoint(
-    source: SourceCheckpoint, plan: Plan, destination: Path, *, jobs: int, progress: Progress
-) -> Manifest:
-    """Write a resharded checkpoint into an empty or new folder.
+    source: SourceCheckpoint,
+    plan: Plan,
+    destination: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+    consume: bool = False,
+    paranoid: bool = False,
+) -> Outcome:
+    """Write a resharded checkpoint: into an empty or new folder, or on from where an earlier run stopped.
 
-    Returns:
-        The manifest that was written.
+    Args:
+        source: What to reshard.
+        plan: How.
+        destination: The folder.
+        jobs: Shards that are read at the same time.
+        progress: Counts payload bytes.
+        consume: Whether to free each shard when all of it is durable.
+        paranoid: Whether to hash what an earlier run left before trusting it.
 
     Raises:
-        ToolkitError: The destination is not empty, or overlaps the source, or a disk error.
+        LockedError: Another process writes there.
+        ToolkitError: The destination holds something else, or overlaps the source, or a disk error.
         ResourceError: Too little free space, found before anything is written where possible.
-        ManifestError, IntegrityError: The source changed or is damaged.
+        ManifestError, IntegrityError: The source changed or is damaged, or the destination is.
     """
-    check_destination(source.root, destination)
-    check_room(destination, needed_bytes(source, plan))
-    with all_or_nothing(destination):
-        moved = transfer(source.root, source.shards, plan, destination, jobs=jobs, progress=progress)
-        headers = {
-            shard: f"{SOURCE_FOLDER}/headers/{number:0{len(str(len(source.shards)))}d}.zst"
-            for number, shard in enumerate(source.shards, start=1)
-        }
-        documents = [
-            *(_copy_auxiliary(source.root, file, destination) for file in source.auxiliary),
-            *(
-                _write_packed(destination, path, "source_header", shard, source.shards[shard].raw)
-                for shard, path in headers.items()
-            ),
-            _write_document(destination, INDEX_NAME, "index", _encode_index(moved.files)),
-        ]
-        if source.index is not None:
-            path = f"{SOURCE_FOLDER}/index.json.zst"
-            documents.append(_write_packed(destination, path, "source_index", INDEX_NAME, source.index))
+    check_apart(source.root, destination)
+    if consume:
+        check_consume(source, plan)
+    with ExitStack() as locks:
+        if consume:
+            locks.enter_context(lock_folder(source.root))
+        hold = locks.enter_context(hold_folder(destination))
+        run = _Run(source, plan, destination, jobs=jobs, progress=progress, consume=consume, paranoid=paranoid)
+        outcome = run.execute(hold)
+    sync_folder(destination.parent)
+    return outcome
+
+
+class _Run:
+    """One run into one folder that is held."""
+
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        plan: Plan,
+        destination: Path,
+        *,
+        jobs: int,
+        progress: Progress,
+        consume: bool,
+        paranoid: bool,
+    ) -> None:
+        self._source = source
+        self._plan = plan
+        self._destination = destination
+        self._jobs = jobs
+        self._progress = progress
+        self._consume = consume
+        self._paranoid = paranoid
+
+    def execute(self, hold: Hold) -> Outcome:
+        """From what is there to a complete checkpoint."""
+        earlier = find_earlier(self._source.root, self._destination)
+        if earlier.is_finished:
+            # Stopped between the last two steps; then this may still be a wider run than that one.
+            _clean_up(self._destination)
+            earlier = find_earlier(self._source.root, self._destination)
+        durable = earlier.durable
+        if self._has_all(earlier):
+            _clean_up(self._destination)
+            assert earlier.manifest is not None
+            return Outcome(
+                files=len(earlier.manifest.files),
+                documents=len(earlier.manifest.documents),
+                file_bytes=sum(file.size for file in earlier.manifest.files),
+                moved_bytes=0,
+                kept_bytes=self._kept_bytes(durable),
+            )
+        # What an earlier run wrote is hashed once more before a source is freed on the strength of it.
+        doubted = {shard for shard in durable.shards if self._consume and self._is_there(shard)}
+        if durable.tensors or earlier.journal is not None:
+            check_claims(
+                self._plan,
+                self._destination,
+                durable,
+                doubted_shards=doubted,
+                gone_shards={shard for shard in self._source.shards if not self._is_there(shard)},
+                paranoid=self._paranoid,
+            )
+        kept = self._kept_bytes(durable)
+        needed = still_needed_bytes(self._source, self._plan, self._destination, consume=self._consume, jobs=self._jobs)
+        check_room(self._destination, needed)
+        if earlier.journal is None and earlier.manifest is None:
+            check_inodes(self._destination, needed_inodes(self._source, self._plan))
+            hold.own()
+        journal = self._open_journal(earlier)
+        self._progress.skip(kept)
+        try:
+            documents = write_kept(self._source, self._destination)
+            sync_folders(self._destination)
+            self._move(durable, journal, hold)
+            hold.keep()
+            if self._consume:
+                # A shard that came back after a crash would be taken for one that was never freed.
+                sync_folder(self._source.root)
+            self._finish(documents, durable)
+        finally:
+            journal.close()
+        _clean_up(self._destination)
+        return Outcome(
+            files=len(self._plan.files),
+            documents=len(documents) + 1,  # and our index
+            file_bytes=self._plan.output_bytes,
+            moved_bytes=self._plan.payload_bytes - kept,
+            kept_bytes=kept,
+        )
+
+    def _has_all(self, earlier: Earlier) -> bool:
+        """Whether nothing is left to do; refuses what is there when it is not what this run can go on with."""
+        if earlier.journal is not None:
+            require_same_task(earlier, self._source, self._plan, self._destination)
+        elif earlier.manifest is not None:
+            require_same_source(earlier, self._source, self._plan, self._destination)
+            wider = earlier.widen(self._plan.selection)
+            if wider == earlier.manifest.selection:
+                return True
+            if any(file.codec != "none" for file in earlier.manifest.files):
+                raise ToolkitError(f"{self._destination}: is packed; `reshard unpack` it before adding to it")
+            if wider != self._plan.selection:
+                # What is there and not planned would be missing in the new manifest.
+                raise ToolkitError(f"{self._destination}: was widened while this run was planned; run again")
+        else:
+            check_empty(self._destination)
+        if earlier.manifest is not None:
+            require_same_documents(earlier, self._source, self._destination)
+        return False
+
+    def _open_journal(self, earlier: Earlier) -> Journal:
+        if earlier.journal is None:
+            return Journal.create(
+                self._destination,
+                {
+                    "task": "run",
+                    "selection": describe_selection(self._plan.selection),
+                    "consume": self._consume,
+                    "widens": earlier.manifest_sha256,
+                    "shards": describe_source(self._source),
+                },
+            )
+        journal = earlier.journal.reopen()
+        try:
+            if self._consume and not earlier.consumes:
+                journal.append(CONSUMES)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def _move(self, durable: Durable, journal: Journal, hold: Hold) -> None:
+        if self._consume:
+            # Recorded by an earlier run, which was stopped before it freed them; hashed again by now.
+            for shard in durable.shards:
+                if self._is_there(shard):
+                    self._free(shard, durable)
+
+        def commit(moved: MovedShard) -> None:
+            journal.append(
+                {
+                    "shard": moved.name,
+                    "sha256": moved.sha256,
+                    "tensors": {name: list(chunks) for name, chunks in moved.tensors.items()},
+                }
+            )
+            hold.keep()
+            size = self._source.shards[moved.name].file_bytes
+            self._progress.event("shard", name=moved.name, sha256=moved.sha256, bytes=size)
+            if self._consume:
+                self._free(moved.name, durable)
+
+        transfer(
+            self._source.root,
+            self._source.shards,
+            self._plan,
+            self._destination,
+            durable,
+            commit=commit,
+            jobs=self._jobs,
+            progress=self._progress,
+        )
+
+    def _free(self, shard: str, durable: Durable) -> None:
+        """Free a shard, if all that it held is durable by name."""
+        header = self._source.shards[shard]
+        if shard in durable.shards and all(tensor.name in durable.tensors for tensor in header.tensors):
+            free_file(self._source.root / shard)
+
+    def _finish(self, documents: list[Document], durable: Durable) -> None:
+        """The documents that depend on the outcome, and the manifest, behind which an older one steps aside first."""
+        if (self._destination / MANIFEST_NAME).exists():
+            os.rename(self._destination / MANIFEST_NAME, self._destination / ASIDE_NAME)
+            sync_folder(self._destination)
+        index = write_index(
+            ((file.path, ((tensor.name, tensor.size) for tensor in file.tensors)) for file in self._plan.files),
+            self._destination,
+        )
+        sync_folder(self._destination)
+        paths = header_paths(self._source.shards)
         manifest = Manifest(
             layout="resharded",
-            model=model_facts(source.config),
-            selection=plan.selection,
-            files=moved.files,
-            documents=tuple(sorted(documents, key=lambda document: document.path)),
+            model=model_facts(self._source.config),
+            selection=self._plan.selection,
+            files=(),
+            documents=tuple(sorted([*documents, index], key=lambda document: document.path)),
             source=Source(
                 kind="safetensors",
                 shards=tuple(
-                    Shard(
-                        name=shard,
-                        size=header.file_bytes,
-                        sha256=moved.shard_sha256.get(shard),
-                        header=headers[shard],
-                    )
-                    for shard, header in source.shards.items()
+                    Shard(name=shard, size=header.file_bytes, sha256=durable.shards.get(shard), header=paths[shard])
+                    for shard, header in self._source.shards.items()
                 ),
             ),
         )
-        sync_folders(destination)
-        save(manifest, destination)
-    sync_folder(destination.parent)
-    return manifest
+        # One by one: all entries of a large checkpoint at once would take more memory than moving it.
+        save(manifest, self._destination, files=(_entry(file, durable) for file in self._plan.files))
+
+    def _kept_bytes(self, durable: Durable) -> int:
+        return sum(
+            tensor.size for file in self._plan.files for tensor in file.tensors if tensor.name in durable.tensors
+        )
+
+    def _is_there(self, shard: str) -> bool:
+        return (self._source.root / shard).exists()
 
 
-def _copy_auxiliary(root: Path, file: AuxiliaryFile, destination: Path) -> Document:
-    size, sha256 = copy_file(resolve_inside(root, file.path), destination / file.path)
-    return Document(
+def _entry(file: PlannedFile, durable: Durable) -> FileEntry:
+    """A finished file as the manifest describes it."""
+    header_sha256 = sha256_hex(file.header)
+    tensors = []
+    for tensor in file.tensors:
+        chunks = durable.tensors[tensor.name]
+        tensors.append(
+            TensorEntry(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                offset=tensor.output_offset,
+                size=tensor.size,
+                digest=tensor_digest(chunks),
+                chunks=chunks if len(chunks) > 1 else (),
+                logical_shape=tensor.shape,
+                source_name=tensor.name,
+            )
+        )
+    return FileEntry(
         path=file.path,
-        role="auxiliary",
-        size=size,
-        sha256=sha256,
-        content_size=size,
-        content_sha256=sha256,
-        source_name=file.path,
+        kind=file.place.kind,
+        layer=file.place.layer,
+        expert=file.place.expert,
+        size=file.size,
+        unpacked_size=file.size,
+        header_size=len(file.header),
+        header_sha256=header_sha256,
+        digest=file_digest(header_sha256, (tensor.digest for tensor in tensors if tensor.digest)),
+        tensors=tuple(tensors),
     )
 
 
-def _write_document(destination: Path, path: str, role: str, data: bytes) -> Document:
-    write_file(destination / path, data)
-    sha256 = sha256_hex(data)
-    return Document(
-        path=path,
-        role=role,
-        size=len(data),
-        sha256=sha256,
-        content_size=len(data),
-        content_sha256=sha256,
-        source_name=None,
-    )
-
-
-def _write_packed(destination: Path, path: str, role: str, source_name: str, content: bytes) -> Document:
-    packed = pack(content)
-    write_file(destination / path, packed)
-    return Document(
-        path=path,
-        role=role,
-        size=len(packed),
-        sha256=sha256_hex(packed),
-        codec="zstd",
-        content_size=len(content),
-        content_sha256=sha256_hex(content),
-        source_name=source_name,
-    )
-
-
-def _encode_index(files: Iterable[FileEntry]) -> bytes:
-    """The standard index over our files, so that other tools can open the result."""
-    weight_map = {tensor.name: file.path for file in files for tensor in file.tensors}
-    total = sum(tensor.size for file in files for tensor in file.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
+def _clean_up(destination: Path) -> None:
+    """Behind the new manifest: the old one and the journal go."""
+    sync_folder(destination)
+    (destination / ASIDE_NAME).unlink(missing_ok=True)
+    (destination / JOURNAL_NAME).unlink(missing_ok=True)
+    sync_folder(destination)

@@ -1,9 +1,10 @@
 """What a resharded checkpoint keeps of its source beyond payload: headers and index, unpacked and proven."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from manifests.digest import sha256_hex
-from manifests.errors import IncompleteError, IntegrityError, ManifestError
+from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from manifests.header import Header, parse_header
 from manifests.inventory import Checkpoint
 from manifests.safety import resolve_inside
@@ -76,3 +77,15 @@ def read_saved_headers(checkpoint: Checkpoint) -> Mapping[str, Header]:
             "only a part was resharded; reshard the rest from the source to restore it"
         )
     return headers
+
+
+def find_origins(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The shard that each tensor of the source was in, as far as the saved headers are undamaged."""
+    origins = {}
+    documents = {document.path: document for document in checkpoint.manifest.documents}
+    for shard in require_source(checkpoint).shards:
+        with suppress(ToolkitError):
+            raw = read_document(checkpoint, documents[shard.header])
+            header = parse_header(raw, file_bytes=shard.size, what=f"saved header of {shard.name}")
+            origins.update({tensor.name: shard.name for tensor in header.tensors})
+    return origins

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.header import Header
-from manifests.inventory import SUFFIX, read_config, read_shards
-from manifests.paths import INDEX_NAME, MANIFEST_NAME, OWN_FOLDERS
+from manifests.inventory import SUFFIX, check_finished, read_config, read_shards
+from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS
 from manifests.safety import relative_fault, resolve_inside
 from manifests.storage import TEMP_SUFFIX
 
@@ -50,18 +50,24 @@ class SourceCheckpoint:
     left_out: tuple[str, ...]
 
 
-def read_source(root: Path) -> SourceCheckpoint:
+def read_source(root: Path, freed: Mapping[str, Header] | None = None) -> SourceCheckpoint:
     """Look at a checkpoint folder.
+
+    Args:
+        root: The folder.
+        freed: Headers of shards that an earlier run used up, so that they are not there any more.
 
     Raises:
         SourceNotFoundError: There is no checkpoint, or shards are missing.
+        IncompleteError: The folder is being restored.
         ManifestError: Index, config or a header is invalid, or the folder is already resharded.
     """
     if not root.is_dir():
         raise SourceNotFoundError(f"{root}: no such folder; give the folder that holds the checkpoint's shards")
     if (root / MANIFEST_NAME).exists():
         raise ManifestError(f"{root}: has a {MANIFEST_NAME}, so it is already resharded; `reshard restore` undoes it")
-    shards = read_shards(root)
+    check_finished(root)
+    shards = read_shards(root, freed)
     index_path = root / INDEX_NAME
     index = resolve_inside(root, INDEX_NAME).read_bytes() if index_path.exists() else None
     auxiliary, left_out = _list_auxiliary(root, shards)
@@ -99,7 +105,7 @@ def _list_auxiliary(root: Path, shards: Mapping[str, Header]) -> tuple[tuple[Aux
                     f"{root / path}: a resharded checkpoint needs the folder {first!r} itself; rename it"
                 )
             taken.append(AuxiliaryFile(path=path, size=os.stat(resolve_inside(root, path)).st_size))
-    _check_case(root, [*shards, INDEX_NAME, MANIFEST_NAME, *(file.path for file in taken)])
+    _check_case(root, [*shards, INDEX_NAME, MANIFEST_NAME, ASIDE_NAME, JOURNAL_NAME, *(file.path for file in taken)])
     return tuple(sorted(taken, key=lambda file: file.path)), tuple(sorted(left_out))
 
 

@@ -1,194 +1,248 @@
 """Move every byte of a plan: one read and one write, hashed in that pass, in bounded memory.
 
-A worker takes a shard and reads it front to back, so the shard's own sha256 comes with it; each tensor goes to its
-place in its output file. An expert that is cut across two shards is written by two workers. An output file gets its
-name when its last tensor is in and fsynced.
+A shard is read front to back, so the shard's own sha256 comes with it; each tensor goes to its place in its output
+file. An expert that is cut across two shards is written in two parts. An output file is fsynced and gets its name as
+soon as its last tensor is in, on a thread of its own; when a shard ends, everything that it touched is durable.
 """
 
 import hashlib
 import resource
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from manifests.digest import TensorHasher, file_digest, sha256_hex, tensor_digest
 from manifests.errors import ManifestError
 from manifests.header import Header
 from manifests.safety import resolve_inside
-from manifests.schema import FileEntry, TensorEntry
+from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer
 from reshard.plan import Plan, PlannedFile, PlannedTensor
 from reshard.progress import Progress
+from reshard.streams import Piece, Ring, Target, pump
 from reshard.workers import StopFlag, run_all
 
 OTHER_OPEN_FILES = 256
 """Sources, libraries, the terminal: room beside the output files."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transferred:
-    """What a transfer wrote: entries for the manifest, and the sha256 of each shard that was read whole."""
+@dataclass(slots=True)
+class Durable:
+    """What is on disk for good: chunk digests by tensor name, and the sha256 of the shards that were read whole."""
 
-    files: tuple[FileEntry, ...]
-    shard_sha256: Mapping[str, str]
+    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedShard:
+    """A shard that was moved and is durable: its sha256 if all of it was read, and its tensors' chunk digests."""
+
+    name: str
+    sha256: str | None
+    tensors: Mapping[str, tuple[str, ...]]
 
 
 class _Output:
     """One output file while its tensors arrive, from several workers if it must be."""
 
-    def __init__(self, plan: PlannedFile, destination: Path) -> None:
+    def __init__(
+        self,
+        plan: PlannedFile,
+        destination: Path,
+        durable: Durable,
+        finisher: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> None:
         self.plan = plan
-        self._path = destination / plan.path
+        self.path = destination / plan.path
+        self._missing = sum(1 for tensor in plan.tensors if tensor.name not in durable.tensors)
+        self._adopts = self._missing < len(plan.tensors)
+        self._finisher = finisher
+        self._progress = progress
+        self._finished: Future[None] | None = None
         self._lock = threading.Lock()
         self._writer: Writer | None = None
-        self._chunks: dict[str, tuple[str, ...]] = {}
 
     def open(self) -> Writer:
         """The file's writer; the first caller creates the file and writes its header."""
         with self._lock:
             if self._writer is None:
-                self._writer = Writer(self._path)
-                self._writer.write(self.plan.header, 0)
+                writer = Writer(self.path, self.plan.size, adopt=self._adopts)
+                try:
+                    writer.write(self.plan.header, 0)
+                except BaseException:
+                    # Nobody may go on with a file that has no header.
+                    writer.close()
+                    raise
+                self._writer = writer
+                layer = self.plan.place.layer
+                self._progress.at("model" if layer is None else f"layer {layer}")
             return self._writer
 
-    def finish_tensor(self, name: str, chunks: tuple[str, ...]) -> None:
+    def written(self) -> None:
         """Note a tensor as written; the last one finishes the file."""
         with self._lock:
-            self._chunks[name] = chunks
-            if self._writer is not None and len(self._chunks) == len(self.plan.tensors):
-                self._writer.finish()
+            self._missing -= 1
+            if self._missing == 0 and self._writer is not None:
+                self._finished = self._finisher.submit(self._writer.finish)
 
-    def abandon(self) -> None:
-        """Remove what is unfinished."""
+    def settle(self) -> bool:
+        """Make durable what was written; return whether the file is finished."""
+        with self._lock:
+            if self._finished is None:
+                # Under the lock: who finishes the file closes it.
+                if self._writer is not None:
+                    self._writer.sync()
+                return False
+            finished = self._finished
+        finished.result()
+        return True
+
+    def close(self) -> None:
+        """Close, and leave what is there for a later run."""
         if self._writer is not None:
-            self._writer.abandon()
+            self._writer.close()
 
-    def entry(self) -> FileEntry:
-        """The finished file as the manifest describes it."""
-        header_sha256 = sha256_hex(self.plan.header)
-        tensors = tuple(self._tensor_entry(tensor) for tensor in self.plan.tensors)
-        return FileEntry(
-            path=self.plan.path,
-            kind=self.plan.place.kind,
-            layer=self.plan.place.layer,
-            expert=self.plan.place.expert,
-            size=self.plan.size,
-            unpacked_size=self.plan.size,
-            header_size=len(self.plan.header),
-            header_sha256=header_sha256,
-            digest=file_digest(header_sha256, (tensor.digest for tensor in tensors if tensor.digest)),
-            tensors=tensors,
-        )
 
-    def _tensor_entry(self, tensor: PlannedTensor) -> TensorEntry:
-        chunks = self._chunks[tensor.name]
-        return TensorEntry(
-            name=tensor.name,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            offset=tensor.output_offset,
-            size=tensor.size,
-            digest=tensor_digest(chunks),
-            chunks=chunks if len(chunks) > 1 else (),
-            logical_shape=tensor.shape,
-            source_name=tensor.name,
-        )
+def pending_shards(shards: Collection[str], plan: Plan, durable: Durable) -> list[str]:
+    """The shards that are still to be read, in source order.
+
+    A shard is read when a tensor of it is not durable, or when all of it is taken and its sha256 is not known. One
+    whose tensors are all left out is never read.
+    """
+    missing = {tensor.shard for file in plan.files for tensor in file.tensors if tensor.name not in durable.tensors}
+    unhashed = plan.complete_shards - durable.shards.keys()
+    return [shard for shard in shards if shard in missing or shard in unhashed]
 
 
 def transfer(
-    root: Path, shards: Mapping[str, Header], plan: Plan, destination: Path, *, jobs: int, progress: Progress
-) -> Transferred:
-    """Write all output files of a plan below destination.
+    root: Path,
+    shards: Mapping[str, Header],
+    plan: Plan,
+    destination: Path,
+    durable: Durable,
+    *,
+    commit: Callable[[MovedShard], None],
+    jobs: int,
+    progress: Progress,
+) -> None:
+    """Write what is missing of the output files of a plan below destination.
 
     Args:
         root: Folder of the source.
         shards: Its headers, in source order.
         plan: What to do.
         destination: Folder to write to.
+        durable: What is there already, and what is noted there as shards are done.
+        commit: Called for one shard at a time, when all that was written of it is durable.
         jobs: Shards that are read at the same time.
         progress: Counts payload bytes.
 
     Raises:
-        ManifestError: A shard is no longer what its header said when the plan was made.
+        ManifestError: A shard is no longer what its header said when the plan was made, or holds other bytes than
+            what was taken from it before.
         IntegrityError: A shard ends early.
         ResourceError: The disk is full.
     """
-    outputs = [_Output(file, destination) for file in plan.files]
-    _allow_open_files(len(outputs))
-    work: dict[str, list[tuple[PlannedTensor, _Output]]] = defaultdict(list)
-    for output in outputs:
-        for tensor in output.plan.tensors:
-            work[tensor.shard].append((tensor, output))
+    _allow_open_files(len(plan.files))
+    outputs: dict[str, _Output] = {}
+    work: dict[str, list[tuple[PlannedTensor, PlannedFile]]] = defaultdict(list)
+    for file in plan.files:
+        for tensor in file.tensors:
+            work[tensor.shard].append((tensor, file))
     for items in work.values():
         items.sort(key=lambda item: item[0].source_offset)
+    lock = threading.Lock()
+    ring = Ring()
 
-    def move(shard: str, stop: StopFlag) -> tuple[str, str | None]:
-        hasher = hashlib.sha256() if shard in plan.complete_shards else None
-        _move_shard(resolve_inside(root, shard), shards[shard], work[shard], hasher, progress, stop)
-        return shard, hasher.hexdigest() if hasher else None
+    def output_of(file: PlannedFile) -> _Output:
+        with lock:
+            if file.path not in outputs:
+                outputs[file.path] = _Output(file, destination, durable, finisher, progress)
+            return outputs[file.path]
 
-    # A shard without tensors is still hashed; one whose tensors are all left out is not read.
-    order = [shard for shard in shards if shard in work or shard in plan.complete_shards]
-    try:
-        digests = run_all(move, order, workers=jobs)
-    except BaseException:
-        for output in outputs:
-            output.abandon()
-        raise
-    return Transferred(
-        files=tuple(output.entry() for output in outputs),
-        shard_sha256={shard: digest for shard, digest in digests if digest is not None},
-    )
+    def move(shard: str, stop: StopFlag) -> None:
+        is_whole = shard in plan.complete_shards and shard not in durable.shards
+        items = [item for item in work[shard] if is_whole or item[0].name not in durable.tensors]
+        targets = {tensor.name: output_of(file) for tensor, file in items if tensor.name not in durable.tensors}
+        path = resolve_inside(root, shard)
+        hasher = hashlib.sha256(shards[shard].raw) if is_whole else None
+        pieces = [
+            Piece(
+                path=path,
+                offset=tensor.source_offset,
+                size=tensor.size,
+                target=Target(open=output.open, offset=tensor.output_offset, written=output.written)
+                if (output := targets.get(tensor.name))
+                else None,
+            )
+            for tensor, _ in items
+        ]
+        with _unchanging(path, shards[shard]):
+            digests = pump(pieces, whole=hasher, digests=True, ring=ring, progress=progress, stop=stop)
+        found = {tensor.name: chunks for (tensor, _), chunks in zip(items, digests, strict=True)}
+        for name, chunks in found.items():
+            if durable.tensors.get(name, chunks) != chunks:
+                raise ManifestError(
+                    f"{path}: tensor {name!r} has other bytes than were taken before; the source was changed, or is "
+                    "another model with the same layout"
+                )
+        folders = set()
+        finished = []
+        for output in set(targets.values()):
+            if output.settle():
+                finished.append(output.plan.path)
+            folders |= {folder for folder in output.path.parents if folder.is_relative_to(destination)}
+        for folder in sorted(folders):
+            sync_folder(folder)
+        with lock:
+            moved = MovedShard(name=shard, sha256=hasher.hexdigest() if hasher else None, tensors=found)
+            durable.tensors.update(found)
+            if moved.sha256 is not None:
+                durable.shards[shard] = moved.sha256
+            for name in finished:
+                outputs.pop(name, None)  # the other part of a cut expert may have been the last
+            commit(moved)
+        del work[shard]
+
+    with ThreadPoolExecutor(max_workers=1) as finisher:
+        try:
+            run_all(move, pending_shards(shards, plan, durable), workers=jobs)
+        finally:
+            finisher.shutdown()
+            for output in outputs.values():
+                output.close()
 
 
 def _allow_open_files(outputs: int) -> None:
     """Raise this process's own limit as far as it may be raised.
 
     A shard that was written by the stock library is sorted by dtype: the first scale of every expert comes before
-    its last weight, so all the files of its experts are open at once. Kimi-K2 has 384 of them in each shard.
+    its last weight, so all the files of its experts are open at once, each of them twice. Kimi-K2 has 384 of them in
+    each shard.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = outputs + OTHER_OPEN_FILES
+    wanted = 2 * outputs + OTHER_OPEN_FILES
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _move_shard(
-    path: Path,
-    header: Header,
-    items: list[tuple[PlannedTensor, _Output]],
-    whole: "hashlib._Hash | None",
-    progress: Progress,
-    stop: StopFlag,
-) -> None:
+@contextmanager
+def _unchanging(path: Path, header: Header) -> Iterator[None]:
+    """While a shard is read: it must be the file that was planned from, and stay it."""
     before = path.stat()
-    reader = Reader(path)
-    try:
-        # The file must still be the one that was planned from, byte for byte as far as a header can tell.
+    with closing(Reader(path)) as reader:
+        # Byte for byte as far as a header can tell.
         if b"".join(bytes(block) for block in reader.blocks(0, len(header.raw))) != header.raw:
             raise ManifestError(f"{path}: changed since its header was read; run again")
-        if whole is not None:
-            whole.update(header.raw)
-        for tensor, output in items:
-            writer = output.open()
-            hasher = TensorHasher()
-            offset = tensor.output_offset
-            for block in reader.blocks(tensor.source_offset, tensor.size):
-                stop.check()
-                if whole is not None:
-                    whole.update(block)
-                hasher.update(block)
-                writer.write(block, offset)
-                offset += len(block)
-                progress.advance(len(block))
-            output.finish_tensor(tensor.name, hasher.chunks())
-        after = path.stat()
-        is_same = (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-        if not is_same or after.st_size != header.file_bytes:
-            raise ManifestError(f"{path}: changed while it was read; run again when nothing writes to it")
-    finally:
-        reader.close()
+    yield
+    after = path.stat()
+    is_same = (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    if not is_same or after.st_size != header.file_bytes:
+        raise ManifestError(f"{path}: changed while it was read; run again when nothing writes to it")

@@ -1,10 +1,18 @@
-"""Read everything that a manifest describes and name what is damaged: file, tensor, byte range."""
+"""Read everything that a manifest describes and name what is damaged: file, tensor, byte range.
+
+A finding's range is what cannot be trusted; every other byte that the manifest describes was read and is right. So
+`reshard.repair` takes the ranges, and no more, from elsewhere.
+"""
 
 import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from manifests.digest import CHUNK_BYTES, TensorHasher
+from manifests.digest import CHUNK_BYTES
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from manifests.inventory import Checkpoint
 from manifests.paths import MANIFEST_NAME
@@ -13,7 +21,16 @@ from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
 from reshard.progress import Progress
 from reshard.saved import require_source
+from reshard.streams import Ring
 from reshard.workers import StopFlag, run_all
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+READERS_PER_JOB = 2
+"""While one reads, another hashes: with one, the disk rests as long as the hash takes."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,28 +51,47 @@ class Damage:
     message: str
 
 
-def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Damage]:
-    """Hash every byte below the manifest; return all findings, empty when everything is as described."""
-    require_source(checkpoint)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A byte range of a file and the sha256 that the manifest knows of it; its tensor, None for all else."""
 
-    def look(entry: FileEntry | Document, stop: StopFlag) -> list[Damage]:
+    begin: int
+    end: int
+    sha256: str | None
+    tensor: TensorEntry | None
+
+
+def checks_of(entry: FileEntry | Document) -> list[Check]:
+    """All that can be checked by itself, in the order of the file, without a gap."""
+    if isinstance(entry, Document):
+        return [Check(begin=0, end=entry.size, sha256=entry.sha256, tensor=None)]
+    if entry.codec != "none":
+        # The stored bytes prove the unpacked ones.
+        return [Check(begin=0, end=entry.size, sha256=entry.stored_sha256, tensor=None)]
+    checks = [Check(begin=0, end=entry.header_size, sha256=entry.header_sha256, tensor=None)]
+    for tensor in entry.tensors:
+        for number, sha256 in enumerate(tensor.chunks or (tensor.digest,)):
+            begin, end = number * CHUNK_BYTES, min(tensor.size, (number + 1) * CHUNK_BYTES)
+            checks.append(Check(begin=tensor.offset + begin, end=tensor.offset + end, sha256=sha256, tensor=tensor))
+    return checks
+
+
+def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Damage]:
+    """Hash every byte below the manifest; return all findings in its order, none when everything is as described."""
+    require_source(checkpoint)
+    entries: list[FileEntry | Document] = [*checkpoint.manifest.files, *checkpoint.manifest.documents]
+
+    def look(entry: FileEntry | Document, buffer: memoryview, stop: StopFlag) -> list[Damage]:
+        if isinstance(entry, FileEntry) and entry.layer is not None:
+            progress.at(f"layer {entry.layer}")
         try:
             path = resolve_inside(checkpoint.root, entry.path)
-            if path.stat().st_size != entry.size:
-                message = f"has {path.stat().st_size} bytes, the manifest says {entry.size}"
-                return [Damage(path=entry.path, tensor=None, begin=0, end=entry.size, message=message)]
-            reader = Reader(path)
-            try:
-                if isinstance(entry, Document):
-                    return _verify_document(entry, reader, progress, stop)
-                return _verify_file(entry, reader, progress, stop)
-            finally:
-                reader.close()
+            with closing(Reader(path)) as reader:
+                return list(_verify_file(entry, path.stat().st_size, _Cursor(reader, buffer), progress, stop))
         except ToolkitError as error:
             return [Damage(path=entry.path, tensor=None, begin=0, end=entry.size, message=str(error))]
 
-    entries: list[FileEntry | Document] = [*checkpoint.manifest.files, *checkpoint.manifest.documents]
-    return [damage for found in run_all(look, entries, workers=jobs) for damage in found]
+    return _run(look, entries, jobs)
 
 
 def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress: Progress) -> list[Damage]:
@@ -70,75 +106,110 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
     if (source / MANIFEST_NAME).exists():
         raise ManifestError(f"{source}: is resharded itself; give the folder that holds the original shards")
 
-    def look(entry: Shard | Document, stop: StopFlag) -> list[Damage]:
+    def look(entry: Shard | Document, buffer: memoryview, stop: StopFlag) -> list[Damage]:
         name = entry.name if isinstance(entry, Shard) else entry.source_name or entry.path
         size = entry.size if isinstance(entry, Shard) else entry.content_size
         expected = entry.sha256 if isinstance(entry, Shard) else entry.content_sha256
+        hasher = hashlib.sha256()
         try:
             path = resolve_inside(source, name)
-            reader = Reader(path)
-            try:
-                found = _hash_range(reader, 0, path.stat().st_size, progress, stop)
-            finally:
-                reader.close()
+            with closing(Reader(path)) as reader:
+                found = path.stat().st_size
+                _hash(_Cursor(reader, buffer), 0, found, found, hasher, progress, stop)
         except ToolkitError as error:
             return [Damage(path=name, tensor=None, begin=0, end=size, message=str(error))]
-        if found != expected:
-            message = f"the source's sha256 is {found}, the manifest recorded {expected}"
+        if hasher.hexdigest() != expected:
+            message = f"the source's sha256 is {hasher.hexdigest()}, the manifest recorded {expected}"
             return [Damage(path=name, tensor=None, begin=0, end=size, message=message)]
         return []
 
     entries: list[Shard | Document] = [s for s in require_source(checkpoint).shards if s.sha256 is not None]
     entries += [d for d in checkpoint.manifest.documents if d.role in ("auxiliary", "source_index")]
-    return [damage for found in run_all(look, entries, workers=jobs) for damage in found]
+    return _run(look, entries, jobs)
 
 
-def _verify_file(file: FileEntry, reader: Reader, progress: Progress, stop: StopFlag) -> list[Damage]:
-    if file.codec != "none":
-        # The stored bytes prove the unpacked ones.
-        if _hash_range(reader, 0, file.size, progress, stop) == file.stored_sha256:
-            return []
-        return [Damage(path=file.path, tensor=None, begin=0, end=file.size, message="its bytes are damaged")]
-    findings = []
-    if _hash_range(reader, 0, file.header_size, progress, stop) != file.header_sha256:
-        findings.append(
-            Damage(path=file.path, tensor=None, begin=0, end=file.header_size, message="its header is damaged")
-        )
-    for tensor in file.tensors:
-        findings += _verify_tensor(file.path, tensor, reader, progress, stop)
-    return findings
+def find_unnamed(checkpoint: Checkpoint) -> list[str]:
+    """Relative paths of all files in the folder that the manifest does not name: no damage, but no part of it."""
+    manifest = checkpoint.manifest
+    named = {MANIFEST_NAME, *(file.path for file in manifest.files), *(entry.path for entry in manifest.documents)}
+    found = (Path(folder, name) for folder, _, names in os.walk(checkpoint.root) for name in names)
+    return sorted({path.relative_to(checkpoint.root).as_posix() for path in found} - named)
 
 
-def _verify_tensor(path: str, tensor: TensorEntry, reader: Reader, progress: Progress, stop: StopFlag) -> list[Damage]:
-    hasher = TensorHasher()
-    for block in reader.blocks(tensor.offset, tensor.size):
+def _run(look: Callable[[T, memoryview, StopFlag], list[Damage]], entries: Sequence[T], jobs: int) -> list[Damage]:
+    """Look at every entry, with a block that is used again: fresh memory for each file costs as much as reading it."""
+    workers = jobs * READERS_PER_JOB
+    ring = Ring(workers)
+
+    def work(entry: T, stop: StopFlag) -> list[Damage]:
+        buffer = ring.take()
+        try:
+            return look(entry, buffer, stop)
+        finally:
+            ring.give(buffer)
+
+    return [damage for found in run_all(work, entries, workers=workers) for damage in found]
+
+
+class _Cursor:
+    """The bytes of a file by rising range. What follows is read along: small ranges do not cost a request each."""
+
+    def __init__(self, reader: Reader, buffer: memoryview) -> None:
+        self._reader = reader
+        self._buffer = buffer
+        self._block = memoryview(b"")
+        self._begin = 0
+
+    def read(self, begin: int, end: int, limit: int) -> memoryview:
+        """Bytes from begin on, at most up to end, at least one; up to limit may be read along.
+
+        Raises:
+            IntegrityError, ToolkitError: See `Reader.read`.
+        """
+        at = begin - self._begin
+        if not 0 <= at < len(self._block):
+            self._block, _ = self._reader.read(self._buffer, begin, limit)
+            self._begin, at = begin, 0
+        return self._block[at : at + end - begin]
+
+
+def _verify_file(
+    entry: FileEntry | Document, size: int, cursor: _Cursor, progress: Progress, stop: StopFlag
+) -> Iterator[Damage]:
+    for check in checks_of(entry):
+        if check.end > size and check.end > check.begin:
+            message = f"the file has {size} bytes, the manifest says {entry.size}"
+            yield _damage(entry, check, message)
+            continue
+        hasher = hashlib.sha256()
+        try:
+            _hash(cursor, check.begin, check.end, entry.size, hasher, progress, stop)
+        except ToolkitError as error:
+            yield _damage(entry, check, str(error))
+            continue
+        if hasher.hexdigest() != check.sha256:
+            is_header = isinstance(entry, FileEntry) and entry.codec == "none" and check.tensor is None
+            yield _damage(entry, check, "its header is damaged" if is_header else "its bytes are damaged")
+    if size > entry.size:
+        message = f"the file has {size} bytes, the manifest says {entry.size}"
+        yield Damage(path=entry.path, tensor=None, begin=entry.size, end=size, message=message)
+
+
+def _damage(entry: FileEntry | Document, check: Check, message: str) -> Damage:
+    tensor = None if check.tensor is None else check.tensor.name
+    return Damage(path=entry.path, tensor=tensor, begin=check.begin, end=check.end, message=message)
+
+
+def _hash(
+    cursor: _Cursor, begin: int, end: int, limit: int, hasher: "_Hash", progress: Progress, stop: StopFlag
+) -> None:
+    while begin < end:
         stop.check()
-        hasher.update(block)
-        progress.advance(len(block))
-    expected = tensor.chunks or (tensor.digest,)
-    return [
-        Damage(
-            path=path,
-            tensor=tensor.name,
-            begin=tensor.offset + number * CHUNK_BYTES,
-            end=tensor.offset + min(tensor.size, (number + 1) * CHUNK_BYTES),
-            message="its bytes are damaged",
-        )
-        for number, (found, known) in enumerate(zip(hasher.chunks(), expected, strict=True))
-        if found != known
-    ]
-
-
-def _verify_document(document: Document, reader: Reader, progress: Progress, stop: StopFlag) -> list[Damage]:
-    if _hash_range(reader, 0, document.size, progress, stop) == document.sha256:
-        return []
-    return [Damage(path=document.path, tensor=None, begin=0, end=document.size, message="its bytes are damaged")]
-
-
-def _hash_range(reader: Reader, begin: int, size: int, progress: Progress, stop: StopFlag) -> str:
-    hasher = hashlib.sha256()
-    for block in reader.blocks(begin, size):
-        stop.check()
-        hasher.update(block)
-        progress.advance(len(block))
-    return hasher.hexdigest()
+        try:
+            data = cursor.read(begin, end, limit)
+        except ToolkitError:
+            # What was to be read along may be what cannot be read; then it is no fault of this range.
+            data = cursor.read(begin, end, end)
+        hasher.update(data)
+        progress.advance(len(data))
+        begin += len(data)

@@ -13,6 +13,10 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 DEFAULT_JOBS = min(4, os.cpu_count() or 1)
+"""Of work that is one thread a job."""
+
+STREAM_JOBS = max(1, min(4, (os.cpu_count() or 1) // 3))
+"""Of streams that are read, hashed and written: each keeps three cores busy, and a disk likes one better than many."""
 
 
 class StoppedError(Exception):

@@ -27,6 +27,7 @@ from manifests.cli import manifests as manifests_group
 from manifests.dtypes import nbytes
 from manifests.schema import Selection
 from reshard.cli import reshard as reshard_group
+from reshard.earlier import find_earlier
 from reshard.plan import make_plan
 from reshard.progress import Progress
 from reshard.run import reshard_checkpoint
@@ -303,11 +304,14 @@ def shared(folder: Path) -> Iterator[Path]:
     assert tree(folder) == before, f"a test changed the shared {folder.name}"
 
 
-def reshard_folder(source: Path, destination: Path, selection: Selection | None = None, jobs: int = 2) -> Path:
-    found = read_source(source)
+def reshard_folder(
+    source: Path, destination: Path, selection: Selection | None = None, jobs: int = 2, **options: bool
+) -> Path:
+    earlier = find_earlier(source, destination)
+    found = read_source(source, earlier.freed)
     with Progress(0, label="", quiet=True) as progress:
-        plan = make_plan(found, selection or Selection())
-        reshard_checkpoint(found, plan, destination, jobs=jobs, progress=progress)
+        plan = make_plan(found, earlier.widen(selection or Selection()))
+        reshard_checkpoint(found, plan, destination, jobs=jobs, progress=progress, **options)
     return destination
 
 

@@ -85,6 +85,6 @@ def test_the_commands_are_those_of_this_version() -> None:
     """Frozen: whoever adds one adds it here, to the README and to its tests."""
     assert {(program, name) for program, name, _ in commands()} == {
         *(("manifests", name) for name in ("show", "ls", "check", "diff", "schema")),
-        *(("reshard", name) for name in ("plan", "run", "verify", "restore")),
+        *(("reshard", name) for name in ("doctor", "pack", "plan", "repair", "restore", "run", "unpack", "verify")),
         *(("runner", name) for name in ("generate", "chat", "logits", "eval", "doctor")),
     }

@@ -36,7 +36,8 @@ ROLES = (
 )  # fmt: skip
 
 SHOW = {
-    "layout": "str", "model_type": "str", "files": "int", "file_bytes": "int", "tensors": "int", "tensor_bytes": "int",
+    "layout": "str", "model_type": "str", "files": "int", "file_bytes": "int", "packed_files": "int",
+    "packed_bytes": "int", "unpacked_bytes": "int", "tensors": "int", "tensor_bytes": "int",
     "parameters": {
         "main": "int", "mtp": "int", "mtp_copies": "int", "routed": "int", "activated": "int", "routed_share": "float",
     },
@@ -90,7 +91,15 @@ def test_ls_json_gives_every_byte(
     for root in (v3_folder, v3_resharded):
         rows = program("manifests", "ls", root, "--json").json
         assert keys(rows) == [
-            {"name": "str", "dtype": "str", "shape": ["int"], "begin": "int", "end": "int", "file": "str"}
+            {
+                "name": "str",
+                "dtype": "str",
+                "shape": ["int"],
+                "begin": "int",
+                "end": "int",
+                "file": "str",
+                "codec": "str",
+            }  # fmt: skip
         ]
         assert len(rows) == len(v3_bytes)
         for row in rows:

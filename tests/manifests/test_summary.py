@@ -358,3 +358,33 @@ def test_a_plain_folder_is_compared_as_far_as_it_can_be(stored: Manifest, v3_fol
     shape = [d for d in diff(with_tensor(stored, 3, 0, shape=(1,)), plain) if d.kind != "undecided"]
     assert [(d.kind, d.name) for d in shape] == [("shape", stored.files[3].tensors[0].name)]
     assert {d.kind for d in diff(plain, manifests.open(v2_folder).manifest)} > {"only_in_a", "only_in_b"}
+
+
+def test_copies_are_told_apart_without_their_payload(
+    v3_resharded: Path,
+    v3_copy: Path,
+    tmp_path: Path,
+    reshard_folder: Callable[..., Path],
+    program: Callable[..., Any],
+) -> None:
+    """Of another model in the same form; of each copy the manifest alone is left."""
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    tensor = manifests.open(v3_copy).find(name)
+    assert tensor is not None
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + tensor.size - 1)
+        last = file.read(1)[0]
+        file.seek(tensor.offset + tensor.size - 1)
+        file.write(bytes([last ^ 1]))
+    (v3_copy / "LICENSE").write_text("another")
+    for other, path in ((reshard_folder(v3_copy, tmp_path / "resharded"), "a"), (v3_resharded, "b")):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    result = program("manifests", "diff", tmp_path / "a", tmp_path / "b")
+    assert (result.code, result.err) == (1, "")
+    assert result.out == f"tensor {name}: bytes differ\ndocument LICENSE: bytes differ\n"
+    # Shards have no digests to tell them apart by: nothing is said of their bytes but that.
+    result = program("manifests", "diff", v3_copy, tmp_path / "b")
+    count = sum(len(entry.tensors) for entry in manifests.load(tmp_path / "b").files)
+    said = f"{count} tensors agree in dtype and shape; their bytes have no digests to compare\n"
+    assert (result.code, result.out, result.err) == (0, "", said)

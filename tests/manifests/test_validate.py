@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -259,3 +260,47 @@ def test_in_place_needs_no_digests_but_sound_ranges(good: dict[str, Any]) -> Non
     assert [problem.loc for problem in validate(document)] == ["files[0].tensors[1].offset"]
     tensors[1]["offset"] = 15
     assert [problem.loc for problem in validate(document)] == ["files[0].size"]
+
+
+def test_the_document_is_left_alone_unless_it_is_given_away(good: dict[str, Any]) -> None:
+    before = copy.deepcopy(good)
+    manifest = parse(good)
+    assert good == before
+    assert parse(good, keep=False) == manifest
+    assert good["files"] == [None] * len(before["files"])
+    assert good["documents"] == [None] * len(before["documents"])
+    before["files"][3]["size"] = 0
+    expected = validate(before)
+    with pytest.raises(ManifestError) as caught:
+        parse(before, keep=False)
+    assert caught.value.problems == tuple(expected)
+
+
+def test_what_many_tensors_have_in_common_is_one_object(good: dict[str, Any]) -> None:
+    dense = good["files"][0]["tensors"]
+    for number, entry in enumerate(dense):
+        entry |= {"dtype": "BF16", "shape": [1000, 1], "size": 2000, "offset": 4096 + 2000 * number}
+        del entry["digest"]
+    document = good | {
+        "layout": "in_place",
+        "files": [
+            {"path": f"{name}.safetensors", "kind": "shard", "size": 8096, "header_size": 4096}
+            | {"tensors": [entry | {"name": f"{name}.{entry['name']}"} for entry in copy.deepcopy(dense)]}
+            for name in "ab"
+        ],
+        "documents": [],
+        "source": None,
+    }
+    first, second = parse(json.loads(json.dumps(document))).files  # objects of their own, as a reader has them
+    for one, other in zip(first.tensors, second.tensors, strict=True):
+        assert one.name != other.name
+        for key in ("dtype", "shape", "size", "offset"):
+            assert getattr(one, key) is getattr(other, key), key
+
+
+@pytest.mark.parametrize(
+    "digest", ["0" * 63, "0" * 65, "0" * 64 + "\n", "A" * 64, "g" + "0" * 63, "\u0660" * 64, " " + "0" * 63, b"0" * 64]
+)
+def test_what_is_no_digest(good: dict[str, Any], digest: Any) -> None:
+    good["documents"][0]["sha256"] = digest
+    assert [(problem.loc, problem.kind) for problem in validate(good)] == [("documents[0].sha256", "invalid_value")]

@@ -139,3 +139,48 @@ def test_sentences(code: int, cls: type[ToolkitError], says: str) -> None:
     error = write_error(Path("x"), OSError(code, os.strerror(code)))
     assert type(error) is cls
     assert says in str(error)
+
+
+def test_a_new_file_has_its_size_from_the_beginning(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "file", 1 << 20)
+    assert writer.keeps_holes
+    assert (tmp_path / "file.partial").stat().st_size == 1 << 20
+    writer.close()
+    adopted = Writer(tmp_path / "file", 1 << 20, adopt=True)
+    assert not adopted.keeps_holes
+    adopted.write(b"x", 5)
+    adopted.finish()
+    assert (tmp_path / "file").stat().st_size == 1 << 20
+    assert not Writer(tmp_path / "other").keeps_holes
+
+
+def test_only_what_is_there_is_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="No such file"):
+        Writer(tmp_path / "file", 10, adopt=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_fsync_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says it once, and has forgotten the bytes."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    writer = Writer(tmp_path / "file")
+    writer.write(b"x", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(ToolkitError, match="Input/output error"):
+            writer.sync()
+    for again in (writer.sync, writer.finish):
+        with pytest.raises(ToolkitError, match="Input/output error"):
+            again()
+    assert os.listdir(tmp_path) == ["file.partial"]
+    writer.abandon()
+
+
+def test_a_file_that_cannot_get_its_size_is_not_left(tmp_path: Path, fail_call: Callable[..., Any]) -> None:
+    fail_call("ftruncate", 1, errno.EFBIG)
+    with pytest.raises(ResourceError):
+        Writer(tmp_path / "file", 10)
+    assert os.listdir(tmp_path) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -15,10 +16,17 @@ from typing import Any
 import click
 import pytest
 
-from reshard.cli import NumberList
+import reshard.cli as cli
+from reshard.cli_options import NumberList
+from reshard.disk import BLOCK_BYTES
 
 Program = Callable[..., Any]
 Tree = Callable[[Path], dict[str, str]]
+
+
+def last(result: Any) -> Any:
+    """The result that a command which tells its events ends with."""
+    return json.loads(result.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,9 @@ def test_what_is_no_list_of_numbers(text: str) -> None:
 
 PLAN_KEYS = {
     "source", "shards", "tensors", "left_out_tensors", "payload_bytes", "files", "expert_files", "needed_bytes",
-    "free_bytes", "read_bytes_per_s", "seconds", "auxiliary", "left_out", "unknown_tensors",
+    "consume_peak_bytes", "free_bytes", "needed_inodes", "free_inodes", "read_bytes_per_s", "seconds", "limited_by",
+    "auxiliary", "left_out",
+    "unknown_tensors",
 }  # fmt: skip
 
 
@@ -53,25 +63,44 @@ def test_plan(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree, v3_
     assert plan.keys() == PLAN_KEYS
     assert (plan["tensors"], plan["payload_bytes"]) == (len(v3_bytes), sum(map(len, v3_bytes.values())))
     assert (plan["files"], plan["expert_files"], plan["left_out_tensors"]) == (33 + 4 + 3 + 2, 33, 0)
-    assert plan["seconds"] is None  # too small to measure a disk with
+    assert plan["seconds"] is plan["limited_by"] is None  # too small to measure a disk with
     assert plan["unknown_tensors"]["model.layers.2.gain"] == "layers/2/dense.safetensors"
     assert "'pytorch_model.bin' (weights in another form)" in plan["left_out"]
     assert "LICENSE" in plan["auxiliary"]
     text = program("reshard", "plan", v3_folder).out
     assert f"payload    {plan['payload_bytes']:,} bytes" in text
+    assert f"inodes     {plan['needed_inodes']:,} files and folders, " in text
     assert "unknown    vision_tower.proj.weight, kept in model/dense.safetensors" in text
     assert "left out   'consolidated.safetensors' (weights in another form)" in text
     assert tree(tmp_path) == {}
 
 
-def test_plan_measures_a_disk_that_is_large_enough(program: Program, tmp_path: Path) -> None:
-    size = 20_000_000
+def one_tensor(folder: Path, size: int) -> Path:
+    """A checkpoint of one shard with one tensor of random bytes."""
+    (folder / "model.safetensors").write_bytes(one_header(size) + os.urandom(size))
+    return folder
+
+
+def one_header(size: int) -> bytes:
     header = b'{"lm_head.weight":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(tmp_path / "model.safetensors", 8 + len(header) + size)
+    return len(header).to_bytes(8, "little") + header
+
+
+def test_plan_measures_a_disk_that_is_large_enough(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 20_000_000
+    one_tensor(tmp_path, size)
     plan = program("reshard", "plan", tmp_path, "--json").json
-    assert plan["seconds"] == pytest.approx(2 * size / plan["read_bytes_per_s"])
-    assert "time       about" in program("reshard", "plan", tmp_path).out
+    assert plan["read_bytes_per_s"] > 0
+    assert plan["limited_by"] in ("the disk", "hashing")
+    for hash_rate, cores, limit in ((1e15, 1, "the disk"), (1e6, 2, "hashing")):
+        monkeypatch.setattr("reshard.cli_plan.measure_hash_rate", lambda rate=hash_rate: rate)
+        monkeypatch.setattr("reshard.cli_plan.hashing_cores", lambda _, cores=cores: cores)
+        plan = program("reshard", "plan", tmp_path, "--json").json
+        seconds = 2 * size / plan["read_bytes_per_s"] if limit == "the disk" else 2 * size / 2e6
+        assert (plan["seconds"], plan["limited_by"]) == (pytest.approx(seconds), limit)
+    assert "time       about 20.0 s, limited by hashing: read here at " in program("reshard", "plan", tmp_path).out
 
 
 def test_plan_of_a_part(program: Program, v3_folder: Path) -> None:
@@ -84,10 +113,14 @@ def test_plan_of_a_part(program: Program, v3_folder: Path) -> None:
 def test_run(program: Program, v3_folder: Path, v3_resharded: Path, tmp_path: Path, tree: Tree) -> None:
     result = program("reshard", "run", v3_folder, tmp_path / "a", "--json", "--jobs", 3)
     assert (result.code, result.err) == (0, "")
-    assert result.json.keys() == {"path", "files", "documents", "bytes", "seconds", "unknown_tensors", "left_out"}
-    assert result.json["path"] == str(tmp_path / "a")
-    assert result.json["files"] == 42
-    assert len(result.json["unknown_tensors"]) == 3
+    end = last(result)
+    assert end.keys() == {
+        "event", "path", "files", "documents", "bytes", "moved_bytes", "kept_bytes", "seconds", "read_bytes_per_s",
+        "share_of_disk", "unknown_tensors", "left_out",
+    }  # fmt: skip
+    assert end["path"] == str(tmp_path / "a")
+    assert end["files"] == 42
+    assert len(end["unknown_tensors"]) == 3
     assert tree(tmp_path / "a") == tree(v3_resharded)
     result = program("reshard", "run", v3_folder, tmp_path / "b")
     assert result.out.startswith(f"{tmp_path}/b: 42 files, ")
@@ -95,6 +128,38 @@ def test_run(program: Program, v3_folder: Path, v3_resharded: Path, tmp_path: Pa
     assert "note: a name that no rule knows: model.layers.2.gain, kept in layers/2/dense.safetensors" in result.err
     assert f"next: reshard restore {tmp_path}/b --check" in result.err
     assert program("reshard", "run", v3_folder, tmp_path / "c", "-q").err == ""
+
+
+def test_a_run_into_what_is_there(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree) -> None:
+    program("reshard", "run", v3_folder, tmp_path / "out", "--layers", "1")
+    part = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    result = program("reshard", "run", v3_folder, tmp_path / "out", "-q")
+    assert re.search(r": 42 files, [0-9.]+ MB; [0-9.]+ kB of it in .*B/s, the rest was there already\n", result.out)
+    before = tree(tmp_path / "out")
+    result = program("reshard", "run", v3_folder, tmp_path / "out", "-q")
+    assert re.search(r": 42 files, [0-9.]+ MB, all of it was there already\n", result.out)
+    assert tree(tmp_path / "out") == before
+    end = last(program("reshard", "run", v3_folder, tmp_path / "out", "--json"))
+    assert (end["moved_bytes"], end["kept_bytes"] < end["bytes"], end["kept_bytes"] > part / 2) == (0, True, True)
+
+
+def test_the_rate_as_a_share_of_the_disks(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    one_tensor(tmp_path / "source", 4 * BLOCK_BYTES)
+    run = ("reshard", "run", tmp_path / "source")
+    # Smaller than what is worth measuring.
+    assert last(program(*run, tmp_path / "a", "--json"))["share_of_disk"] is None
+    monkeypatch.setattr(cli, "SAMPLE_SHARE", 1)
+    end = last(program(*run, tmp_path / "b", "--json"))
+    assert end["share_of_disk"] == pytest.approx(2 * 4 * BLOCK_BYTES / end["seconds"] / end["read_bytes_per_s"])
+    assert re.search(r"/s, [0-9]+% of what this disk reads and writes\n", program(*run, tmp_path / "c", "-q").out)
+    monkeypatch.setattr(cli, "same_disk", lambda *_: False)
+    assert re.search(r"/s, [0-9]+% of what the disk of the source reads\n", program(*run, tmp_path / "d", "-q").out)
+    # Nothing moved, nothing measured; and holes are not read.
+    assert "%" not in program(*run, tmp_path / "d", "-q").out
+    os.truncate(tmp_path / "source" / "model.safetensors", 2 * BLOCK_BYTES)
+    os.truncate(tmp_path / "source" / "model.safetensors", 4 * BLOCK_BYTES + len(one_header(4 * BLOCK_BYTES)))
+    assert last(program(*run, tmp_path / "e", "--json"))["share_of_disk"] is None
 
 
 def test_a_part_is_not_said_to_be_provable(program: Program, v3_folder: Path, tmp_path: Path) -> None:
@@ -105,7 +170,8 @@ def test_a_part_is_not_said_to_be_provable(program: Program, v3_folder: Path, tm
 def test_a_dry_run_is_a_plan(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree) -> None:
     dry = program("reshard", "run", v3_folder, tmp_path / "out", "--dry-run", "--json").json
     plan = program("reshard", "plan", v3_folder, tmp_path / "out", "--json").json
-    assert dry | {"free_bytes": 0} == plan | {"free_bytes": 0}  # others use the disk too
+    others = {"free_bytes": 0, "free_inodes": 0}  # who use the disk too
+    assert dry | others == plan | others
     assert "payload " in program("reshard", "run", v3_folder, tmp_path / "out", "--dry-run").out
     assert tree(tmp_path) == {}
 
@@ -115,13 +181,14 @@ def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_f
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith("read, every digest is right\n")
     result = program("reshard", "verify", v3_resharded, "--against", v3_folder, "--json")
-    assert (result.code, result.json) == (0, {"path": str(v3_resharded), "ok": True, "damage": []})
+    assert (result.code, last(result)) == (0, {"event": "end", "path": str(v3_resharded), "ok": True, "damage": []})
     raw = bytearray((resharded_copy / "model/embed.safetensors").read_bytes())
     raw[4096] ^= 1
     (resharded_copy / "model/embed.safetensors").write_bytes(raw)
     result = program("reshard", "verify", resharded_copy, "--json")
     assert result.code == 13
-    assert result.json == {
+    assert last(result) == {
+        "event": "end",
         "path": str(resharded_copy),
         "ok": False,
         "damage": [
@@ -146,14 +213,16 @@ def test_verify_against_another_model(program: Program, v3_resharded: Path, v2_f
 def test_restore(program: Program, v3_resharded: Path, v3_folder: Path, tmp_path: Path) -> None:
     result = program("reshard", "restore", v3_resharded, "--check", "--json")
     assert (result.code, result.err) == (0, "")
-    assert result.json.keys() == {"path", "shards"}
-    assert result.json["shards"][0].keys() == {"name", "size", "sha256"}
-    assert result.json["path"] == str(v3_resharded)
+    end = last(result)
+    assert end.keys() == {"event", "path", "shards"}
+    assert end["shards"][0].keys() == {"name", "size", "sha256"}
+    assert end["path"] == str(v3_resharded)
     shards = len(list(v3_folder.glob("model-*.safetensors")))
     assert f"all {shards} source shards" in program("reshard", "restore", v3_resharded, "--check").out
     result = program("reshard", "restore", v3_resharded, tmp_path / "a")
     assert result.out.startswith(f"{tmp_path}/a: {shards} shards")
-    assert program("reshard", "restore", v3_resharded, tmp_path / "b", "--json").json["path"] == str(tmp_path / "b")
+    end = last(program("reshard", "restore", v3_resharded, tmp_path / "b", "--json"))
+    assert end["path"] == str(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +230,7 @@ def test_restore(program: Program, v3_resharded: Path, v3_folder: Path, tmp_path
     [
         ["restore", "x"], ["restore", "x", "y", "--check"], ["run", "x"], ["plan"], ["verify"], ["repair"],
         ["run", "x", "y", "--jobs", "0"], ["run", "x", "y", "--jobs", "65"], ["run", "x", "y", "--layers", "5-3"],
-        ["run", "x", "y", "--force"],
+        ["run", "x", "y", "--force"], ["doctor", "x"],
     ],
 )  # fmt: skip
 def test_usage(program: Program, arguments: list[str]) -> None:
@@ -205,9 +274,9 @@ def test_a_path_that_is_not_utf8(v2_folder: Path, tmp_path: Path) -> None:
     )
     assert "Traceback" not in result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("exit")] == [
-        "exit 0", "exit 0", "exit 0", "exit 12", "exit 1",
+        "exit 0", "exit 0", "exit 0", "exit 12", "exit 0",
     ]  # fmt: skip
-    assert result.stdout.count("\\udcff\\x1b[2J") == 3
+    assert result.stdout.count("\\udcff\\x1b[2J") == 4
     assert "\x1b" not in result.stdout + result.stderr
 
 
@@ -232,5 +301,5 @@ def test_progress_is_drawn_on_terminals_only(v3_folder: Path, tmp_path: Path) ->
         out, _ = process.communicate()
         os.close(master)
         assert process.returncode == 0
-        json.loads(out)
+        assert json.loads(out.splitlines()[-1])["event"] == "end"
         assert (b"reshard" in drawn and b"B/s" in drawn) is not quiet

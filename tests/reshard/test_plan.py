@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def check_files(plan: Plan) -> None:
     assert [file.path for file in plan.files] == sorted({file.path for file in plan.files})
     for file in plan.files:
         assert len(file.header) % PAGE_BYTES == 0
+        assert len(file.header) == file.header_size
         position = len(file.header)
         for tensor in file.tensors:
             assert (tensor.output_offset, tensor.size) == (position, nbytes(tensor.dtype, tensor.shape))
@@ -102,6 +104,44 @@ def test_every_source_byte_is_taken_exactly_once(source: SourceCheckpoint) -> No
     assert plan.left_out_tensors == 0
     names = {tensor.name for header in source.shards.values() for tensor in header.tensors}
     assert plan.unknown.keys() == {name for name in names if parse_name(name).role == "unknown"}
+
+
+@given(sources(), st.data())
+def test_what_a_shard_gives_is_listed_in_its_order(source: SourceCheckpoint, data: st.DataObject) -> None:
+    layers = sorted({layer for h in source.shards.values() for t in h.tensors if (layer := parse_name(t.name).layer)})
+    chosen = data.draw(st.none() | st.sets(st.sampled_from(layers))) if layers else None
+    plan = make_plan(source, Selection(layers=None if chosen is None else tuple(sorted(chosen))))
+    by_shard = plan.by_shard()
+    assert list(by_shard) and all(by_shard.values()) if plan.files else not by_shard
+    for file_number, file in enumerate(plan.files):
+        assert {tensor.file for tensor in file.tensors} == {file_number}
+    found = [tensor for tensors in by_shard.values() for tensor in tensors]
+    assert {id(tensor) for tensor in found} == {id(tensor) for file in plan.files for tensor in file.tensors}
+    assert len(found) == sum(len(file.tensors) for file in plan.files)
+    for shard, header in source.shards.items():
+        given = by_shard.get(shard, [])
+        assert all(tensor.shard == shard for tensor in given)
+        names = {tensor.name for tensor in given}
+        # As they lie in the shard; which of several empty tensors at one offset is the first is nobody's matter.
+        begins = {tensor.name: (tensor.begin, tensor.end) for tensor in header.tensors}
+        assert [begins[tensor.name] for tensor in given] == [
+            (t.begin, t.end) for t in header.tensors if t.name in names
+        ]
+
+
+def test_an_empty_tensor_comes_before_its_neighbour() -> None:
+    header = header_of(("lm_head.weight", "BF16", 0), ("model.layers.0.input_layernorm.weight", "BF16", 4))
+    plan = make_plan(source_of(header), Selection())
+    names = [tensor.name for tensor in header.tensors]
+    assert [tensor.name for tensor in plan.by_shard()["0.safetensors"]] == names
+    assert [tensor.name for file in plan.files for tensor in file.tensors] == names[::-1]
+
+
+def test_a_header_may_take_several_pages() -> None:
+    names = [f"model.layers.0.strange.{number}" for number in range(100)]
+    plan = make_plan(source_of(header_of(*((name, "BF16", 4) for name in names))), Selection())
+    check_files(plan)
+    assert plan.files[0].header_size > PAGE_BYTES
 
 
 @given(sources(), st.data())
@@ -233,3 +273,32 @@ def test_the_real_names_of_a_real_checkpoint(v3_resharded: Path, v3_folder: Path
         summarize(manifests.open(v3_resharded).manifest).parameters
         == summarize(manifests.open(v3_folder).manifest).parameters
     )
+
+
+def test_a_plan_of_many_files_is_small() -> None:
+    """Headers are padded to a page, so those of a large model's files would be most of what its plan takes."""
+    tensors = [
+        (f"model.layers.3.mlp.experts.{expert}.{projection}_proj.weight", "BF16", 512)
+        for expert in range(500)
+        for projection in ("gate", "up", "down")
+    ]
+    source = source_of(header_of(*tensors))
+    make_plan(source, Selection())  # what is made once, such as compiled patterns
+    tracemalloc.start()
+    try:
+        plan = make_plan(source, Selection())
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(plan.files) == 500
+    assert kept / len(tensors) < 400
+    assert peak / len(tensors) < 900
+
+
+def test_what_many_tensors_have_in_common_is_one_object() -> None:
+    name = "model.layers.3.mlp.experts.{}.up_proj.weight"
+    plan = make_plan(source_of(header_of(*((name.format(n), "BF16", 5000) for n in range(3)))), Selection())
+    first, *others = [tensor for file in plan.files for tensor in file.tensors]
+    for other in others:
+        for key in ("dtype", "shape", "size", "output_offset", "shard"):
+            assert getattr(other, key) is getattr(first, key), key

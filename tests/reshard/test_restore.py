@@ -56,7 +56,7 @@ def test_there_and_back(
     out = reshard_folder(source, tmp_path / "out", jobs=jobs)
     proven = prove(out, jobs)
     assert rebuild(out, tmp_path / "back", jobs) == proven
-    assert tree(tmp_path / "back") == {path: what for path, what in tree(source).items() if path not in LEFT_OUT}
+    assert tree(tmp_path / "back") == original(tree, source)
     for shard in proven:
         raw = (source / shard.name).read_bytes()
         assert (shard.size, shard.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
@@ -99,6 +99,11 @@ def test_odd_shards_come_back(
     assert tree(tmp_path / "back") == tree(source)
 
 
+def original(tree: Tree, source: Path) -> dict[str, str]:
+    """What a restore makes of a checkpoint."""
+    return {path: what for path, what in tree(source).items() if path not in LEFT_OUT}
+
+
 def flip(path: Path, position: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[position] ^= 16
@@ -116,12 +121,12 @@ DAMAGED: dict[str, tuple[str, int, type[ToolkitError], str]] = {
 
 
 @pytest.mark.parametrize(("path", "position", "error", "says"), DAMAGED.values(), ids=DAMAGED.keys())
-def test_one_flipped_bit_is_found_and_nothing_is_restored(
-    resharded_copy: Path, tmp_path: Path, path: str, position: int, error: type[ToolkitError], says: str,
-    tree: Tree, program: Program,
+def test_one_flipped_bit_is_found_and_what_it_spoils_is_not_restored(
+    resharded_copy: Path, v3_folder: Path, tmp_path: Path, path: str, position: int, error: type[ToolkitError],
+    says: str, tree: Tree, program: Program, undone_or_continued: Callable[..., bool],
 ) -> None:  # fmt: skip
-    flip(resharded_copy / path, position)
     before = tree(tmp_path)
+    flip(resharded_copy / path, position)
     with pytest.raises(error, match=says):
         prove(resharded_copy)
     with pytest.raises(error, match=says):
@@ -129,12 +134,19 @@ def test_one_flipped_bit_is_found_and_nothing_is_restored(
     for arguments in (["--check"], [tmp_path / "back"]):
         result = program("reshard", "restore", resharded_copy, *arguments)
         assert (result.code, result.out, result.err.count("\n")) == (error.exit_code, "", 1)
-    assert tree(tmp_path) == before
+    flip(resharded_copy / path, position)
+    assert undone_or_continued(
+        tmp_path / "back", before, lambda: rebuild(resharded_copy, tmp_path / "back"), original(tree, v3_folder)
+    ) is path.startswith("layers")
 
 
 @pytest.mark.parametrize("how", ["cut", "grown", "gone"])
 @pytest.mark.parametrize("path", ["layers/2/experts/07.safetensors", "LICENSE", "source/headers/11.zst"])
-def test_files_of_another_size(resharded_copy: Path, tmp_path: Path, path: str, how: str) -> None:
+def test_files_of_another_size(
+    resharded_copy: Path, v3_folder: Path, v3_resharded: Path, tmp_path: Path, path: str, how: str, tree: Tree,
+    undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
+    before = tree(tmp_path)
     target = resharded_copy / path
     if how == "gone":
         target.unlink()
@@ -146,7 +158,10 @@ def test_files_of_another_size(resharded_copy: Path, tmp_path: Path, path: str, 
     for action in (lambda: prove(resharded_copy), lambda: rebuild(resharded_copy, tmp_path / "back")):
         with pytest.raises((IntegrityError, SourceNotFoundError)):
             action()
-    assert not (tmp_path / "back").exists()
+    shutil.copy(v3_resharded / path, target)
+    assert undone_or_continued(
+        tmp_path / "back", before, lambda: rebuild(resharded_copy, tmp_path / "back"), original(tree, v3_folder)
+    ) is path.startswith("layers")
 
 
 @pytest.mark.parametrize("selection", [Selection(layers=(1,)), Selection(experts=(0, 3)), Selection(layers=(0, 1, 2))])
@@ -180,24 +195,29 @@ def test_a_selection_that_left_nothing_out_is_restored(
 
 @pytest.mark.parametrize("name", ["preadv", "pwrite", "fsync", "rename"])
 @pytest.mark.parametrize("number", [1, 20])
-def test_a_disk_that_fails_leaves_nothing(
-    name: str, number: int, v3_resharded: Path, tmp_path: Path, program: Program, fail_call: Callable[..., Any]
-) -> None:
+def test_a_disk_that_fails_leaves_nothing_or_what_can_be_gone_on_from(
+    name: str, number: int, v3_resharded: Path, v3_folder: Path, tmp_path: Path, program: Program,
+    fail_call: Callable[..., Any], tree: Tree, undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
     code = errno.ENOSPC if name == "pwrite" else errno.EIO
     fail_call(name, number, code)
     result = program("reshard", "restore", v3_resharded, tmp_path / "new" / "back")
     assert (result.code, result.out) == (15 if name == "pwrite" else 1, "")
     assert result.err.count("\n") == 1
-    assert os.listdir(tmp_path) == []
+    out = tmp_path / "new" / "back"
+    undone_or_continued(out, {}, lambda: program("reshard", "restore", v3_resharded, out), original(tree, v3_folder))
 
 
-def test_an_interrupt_leaves_nothing(
-    v3_resharded: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]]
-) -> None:
-    for arguments in ([tmp_path / "back"], ["--check"]):
+def test_an_interrupt_leaves_nothing_or_what_can_be_gone_on_from(
+    v3_resharded: Path, v3_folder: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]],
+    program: Program, tree: Tree, undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
+    out = tmp_path / "back"
+    for arguments in (["--check"], [out]):
+        assert not out.exists()
         code, err = stop_in_mid_run(["restore", v3_resharded, *arguments], signal.SIGINT)
         assert (code, err) == (130, "\nreshard: interrupted\n")
-        assert os.listdir(tmp_path) == []
+    undone_or_continued(out, {}, lambda: program("reshard", "restore", v3_resharded, out), original(tree, v3_folder))
 
 
 def test_where_not_to_restore_to(resharded_copy: Path, tmp_path: Path, program: Program, tree: Tree) -> None:

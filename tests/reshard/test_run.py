@@ -1,4 +1,4 @@
-"""A whole reshard: what it leaves when it succeeds, and that it leaves nothing when it does not."""
+"""A whole reshard: what it leaves when it succeeds, and nothing or what it can go on from when it does not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import pytest
 import safetensors
 
 import manifests
-from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
+from manifests.errors import IncompleteError, ResourceError, ToolkitError
 from manifests.schema import Selection
 from reshard import run as run_module
+from reshard.journal import Journal
 
 Tree = Callable[[Path], dict[str, str]]
 Program = Callable[..., Any]
@@ -148,39 +149,48 @@ def calls(
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["preadv", "pwrite", "fsync", "rename", "open", "mkdir"])
-def test_a_disk_that_fails_anywhere_leaves_nothing(
-    name: str, part: float, calls: dict[str, int], v2_folder: Path, tmp_path: Path, program: Program,
-    fail_call: Callable[..., list[int]], tree: Tree,
+def test_a_disk_that_fails_anywhere_leaves_nothing_or_what_can_be_gone_on_from(
+    name: str, part: float, calls: dict[str, int], v2_folder: Path, v2_resharded: Path, tmp_path: Path,
+    program: Program, fail_call: Callable[..., list[int]], tree: Tree, undone_or_continued: Callable[..., bool],
 ) -> None:  # fmt: skip
     if name == "mkdir" and part:
         return  # the later ones are of folders that are there already
     number = 1 + round(part * (calls[name] - 1))
+    out = tmp_path / "new" / "out"
     before = tree(tmp_path)
     fail_call(name, number)
-    result = program("reshard", "run", v2_folder, tmp_path / "new" / "out", "--jobs", 1)
+    result = program("reshard", "run", v2_folder, out, "--jobs", 1)
     assert (result.code, result.out) == (1, "")
     assert result.err.count("\n") == 1
     assert "Input/output error" in result.err
-    if (tmp_path / "new" / "out" / "manifest.json").exists():
+    if (out / "manifest.json").exists():
         # The very last fsync, of the folder above: everything is there, and the failure is told all the same.
         assert (name, number) in (("fsync", calls["fsync"]), ("open", calls["open"]))
         return
-    assert tree(tmp_path) == before
+    assert undone_or_continued(out, before, lambda: program("reshard", "run", v2_folder, out), tree(v2_resharded)) is (
+        part > 0.5
+    )
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
-def test_a_disk_that_fills_up_leaves_nothing(
-    part: float, calls: dict[str, int], v2_folder: Path, tmp_path: Path, program: Program, fail_call: Any, tree: Tree
-) -> None:
+def test_a_disk_that_fills_up_leaves_nothing_or_what_can_be_gone_on_from(
+    part: float, calls: dict[str, int], v2_folder: Path, v2_resharded: Path, tmp_path: Path, program: Program,
+    fail_call: Any, tree: Tree, undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
     before = tree(tmp_path)
     fail_call("pwrite", 1 + round(part * (calls["pwrite"] - 1)), errno.ENOSPC)
     result = program("reshard", "run", v2_folder, tmp_path / "out", "--jobs", 1)
     assert (result.code, result.out) == (15, "")
     assert "no space left" in result.err
-    assert tree(tmp_path) == before
+    assert undone_or_continued(
+        tmp_path / "out", before, lambda: program("reshard", "run", v2_folder, tmp_path / "out"), tree(v2_resharded)
+    ) is (part > 0)
 
 
-def test_no_room_for_the_manifest_itself(v2_folder: Path, tmp_path: Path, program: Program, monkeypatch: Any) -> None:
+def test_no_room_for_the_manifest_itself(
+    v2_folder: Path, v2_resharded: Path, tmp_path: Path, program: Program, monkeypatch: Any, tree: Tree,
+    undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -188,12 +198,15 @@ def test_no_room_for_the_manifest_itself(v2_folder: Path, tmp_path: Path, progra
     result = program("reshard", "run", v2_folder, tmp_path / "out")
     assert result.code == 15
     assert "no space left" in result.err
-    assert not (tmp_path / "out").exists()
+    assert undone_or_continued(
+        tmp_path / "out", {}, lambda: program("reshard", "run", v2_folder, tmp_path / "out"), tree(v2_resharded)
+    )
 
 
-def test_a_bug_before_the_manifest_leaves_nothing(
-    v2_folder: Path, tmp_path: Path, reshard_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tree: Tree
-) -> None:
+def test_a_bug_before_the_manifest_is_gone_on_from(
+    v2_folder: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, tree: Tree, undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
     class Bug(Exception):
         pass
 
@@ -206,7 +219,32 @@ def test_a_bug_before_the_manifest_leaves_nothing(
     before = tree(tmp_path)
     with pytest.raises(Bug):
         reshard_folder(v2_folder, tmp_path / "empty")
-    assert tree(tmp_path) == before
+    assert undone_or_continued(
+        tmp_path / "empty", before, lambda: reshard_folder(v2_folder, tmp_path / "empty"), tree(v2_resharded)
+    )
+
+
+def test_a_bug_before_the_first_shard_is_recorded_leaves_nothing(
+    v2_folder: Path, tmp_path: Path, reshard_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tree: Tree
+) -> None:
+    class Bug(Exception):
+        pass
+
+    append = Journal.append
+
+    def fail(self: Journal, record: dict[str, Any]) -> None:
+        if "shard" in record:
+            assert any(tmp_path.rglob("*.safetensors*"))
+            raise Bug
+        append(self, record)
+
+    monkeypatch.setattr(Journal, "append", fail)
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        with pytest.raises(Bug):
+            reshard_folder(v2_folder, out)
+        assert tree(tmp_path) == before
 
 
 LIMITED = """
@@ -248,7 +286,7 @@ def test_too_little_room_is_found_before_anything_is_written(
         assert (result.out == "") is (arguments == ["run"])  # a plan is told all the same
         assert f"needs {needed:,} bytes, the disk has {room:,} free; nothing was written" in result.err
         assert tree(tmp_path) == {}
-    assert set(asked) == {str(tmp_path)}
+    assert set(asked) <= {str(tmp_path), str(tmp_path / "a" / "b")}
     room = needed
     assert program("reshard", "run", v3_folder, tmp_path / "a" / "b").code == 0
     used = sum(path.stat().st_size for path in (tmp_path / "a" / "b").rglob("*") if path.is_file())
@@ -312,53 +350,59 @@ def test_destinations_that_are_not_taken(
         assert tree(tmp_path) == before
 
 
-def test_an_empty_folder_and_a_link_to_one_are_taken(v2_folder: Path, tmp_path: Path, program: Program) -> None:
+def test_an_empty_folder_and_a_link_to_one_are_taken(
+    v2_folder: Path, tmp_path: Path, program: Program, stamps: Callable[[Path], Any]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     assert program("reshard", "run", v2_folder, tmp_path / "link").code == 0
     assert program("manifests", "check", tmp_path / "empty").code == 0
-    assert program("reshard", "run", v2_folder, tmp_path / "empty").code == 1  # and is never overwritten
-    assert program("manifests", "check", tmp_path / "empty").code == 0
+    before = stamps(tmp_path / "empty")
+    again = program("reshard", "run", v2_folder, tmp_path / "empty", "--json")
+    assert (again.code, json.loads(again.out.splitlines()[-1])["moved_bytes"]) == (0, 0)
+    assert stamps(tmp_path / "empty") == before  # never written again
+    (tmp_path / "empty" / "manifest.json").unlink()
+    assert program("reshard", "run", v2_folder, tmp_path / "empty").code == 1  # and never overwritten
+    assert program("reshard", "run", v2_folder, tmp_path / "link").code == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "sigterm", "sighup"])
 def test_an_interrupt_in_mid_run(
-    number: signal.Signals, v3_folder: Path, tmp_path: Path, tree: Tree, stop_in_mid_run: Callable[..., tuple[int, str]]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    before = tree(tmp_path)
-    for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
-        seen: list[bool] = []
-        code, err = stop_in_mid_run(
-            ["run", v3_folder, out], number, then=lambda o=out, s=seen: s.append(any(o.rglob("*.partial")))
-        )
-        assert (code, err) == (130, "\nreshard: interrupted\n")
-        assert seen == [True]
-        assert tree(tmp_path) == before
+    number: signal.Signals, v3_folder: Path, v3_resharded: Path, tmp_path: Path, tree: Tree, program: Program,
+    stop_in_mid_run: Callable[..., tuple[int, str]], undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
+    seen: list[bool] = []
+    out = tmp_path / "out"
+    code, err = stop_in_mid_run(["run", v3_folder, out], number, then=lambda: seen.append(any(out.rglob("*.partial"))))
+    assert (code, err) == (130, "\nreshard: interrupted\n")
+    assert seen == [True]
+    undone_or_continued(out, {}, lambda: program("reshard", "run", v3_folder, out), tree(v3_resharded))
 
 
 def test_an_impatient_interrupt(
-    v3_folder: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]]
-) -> None:
+    v3_folder: Path, v3_resharded: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]],
+    program: Program, tree: Tree, undone_or_continued: Callable[..., bool],
+) -> None:  # fmt: skip
     """All but the first request are ignored until everything is clean; the last ones may find a process that ends."""
     code, err = stop_in_mid_run(["run", v3_folder, tmp_path / "out"], *[signal.SIGINT, signal.SIGTERM] * 4)
     assert code in (130, -signal.SIGINT, -signal.SIGTERM)
     assert "RuntimeError" not in err
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    undone_or_continued(out, {}, lambda: program("reshard", "run", v3_folder, out), tree(v3_resharded))
 
 
-def test_a_kill_leaves_no_manifest_and_is_not_built_upon(
-    v3_folder: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]], program: Program
-) -> None:
+def test_a_kill_leaves_no_manifest_and_is_gone_on_from(
+    v3_folder: Path, v3_resharded: Path, tmp_path: Path, stop_in_mid_run: Callable[..., tuple[int, str]],
+    program: Program, tree: Tree,
+) -> None:  # fmt: skip
     code, _ = stop_in_mid_run(["run", v3_folder, tmp_path / "out"], signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert any((tmp_path / "out").iterdir())
     assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(SourceNotFoundError):
+    with pytest.raises(IncompleteError, match="the same `reshard` command that began it goes on with it"):
         manifests.open(tmp_path / "out")
-    result = program("reshard", "run", v3_folder, tmp_path / "out")
-    assert result.code == 1
-    assert "delete what an interrupted run left" in result.err
+    assert program("reshard", "run", v3_folder, tmp_path / "out").code == 0
+    assert tree(tmp_path / "out") == tree(v3_resharded)
 
 
 def test_one_writer_at_a_time(

@@ -15,10 +15,12 @@ import zstandard
 
 import manifests
 from manifests import digest, validate
-from manifests.errors import ManifestError
+from manifests.errors import ManifestError, ToolkitError
+from reshard import blocks
 from reshard import verify as verify_module
+from reshard.blocks import Reader
 from reshard.progress import Progress
-from reshard.verify import Damage, verify, verify_against
+from reshard.verify import Damage, find_unnamed, verify, verify_against
 
 
 def look(root: Path, jobs: int = 2) -> list[Damage]:
@@ -119,16 +121,12 @@ def replace_by_fifo(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["layers/1/experts/05.safetensors", "config.json", "source/index.json.zst", "empty.txt"]
 )
-@pytest.mark.parametrize("how", ["gone", "cut", "grown", "a FIFO", "a folder", "a link that leaves"])
+@pytest.mark.parametrize("how", ["gone", "a FIFO", "a folder", "a link that leaves"])
 def test_whole_files(resharded_copy: Path, tmp_path: Path, path: str, how: str, deadline: None) -> None:
     target = resharded_copy / path
     size = target.stat().st_size
-    if how == "cut" and not size:
-        return
     actions: dict[str, Callable[[], Any]] = {
         "gone": target.unlink,
-        "cut": lambda: os.truncate(target, size - 1),
-        "grown": lambda: os.truncate(target, size + 1),
         "a FIFO": lambda: replace_by_fifo(target),
         "a folder": lambda: (target.unlink(), target.mkdir()),
         "a link that leaves": lambda: (shutil.move(target, tmp_path / "x"), target.symlink_to(tmp_path / "x")),
@@ -136,6 +134,97 @@ def test_whole_files(resharded_copy: Path, tmp_path: Path, path: str, how: str, 
     actions[how]()
     damage = look(resharded_copy)
     assert [(d.path, d.tensor, d.begin, d.end) for d in damage] == [(path, None, 0, size)]
+
+
+@pytest.mark.parametrize("path", ["layers/1/experts/05.safetensors", "config.json", "source/index.json.zst"])
+@pytest.mark.parametrize("left", ["all but a byte", "half", "a byte of a header", "nothing"])
+def test_a_file_that_was_cut_is_right_as_far_as_it_goes(resharded_copy: Path, path: str, left: str) -> None:
+    manifest = manifests.load(resharded_copy)
+    size = (resharded_copy / path).stat().st_size
+    kept = {"all but a byte": size - 1, "half": size // 2, "a byte of a header": 1, "nothing": 0}[left]
+    os.truncate(resharded_copy / path, kept)
+    entry = next((file for file in manifest.files if file.path == path), None)
+    parts = [(None, 0, entry.header_size if entry else size)]
+    parts += [(t.name, t.offset, t.offset + t.size) for t in (entry.tensors if entry else ())]
+    damage = look(resharded_copy)
+    assert [(d.path, d.tensor, d.begin, d.end) for d in damage] == [(path, *part) for part in parts if part[2] > kept]
+    assert {d.message for d in damage} == {f"the file has {kept} bytes, the manifest says {size}"}
+
+
+@pytest.mark.parametrize(
+    "path", ["layers/1/experts/05.safetensors", "config.json", "source/index.json.zst", "empty.txt"]
+)
+def test_a_file_that_grew_is_right_up_to_its_end(resharded_copy: Path, path: str) -> None:
+    size = (resharded_copy / path).stat().st_size
+    os.truncate(resharded_copy / path, size + 5000)
+    assert look(resharded_copy) == [
+        Damage(
+            path=path, tensor=None, begin=size, end=size + 5000,
+            message=f"the file has {size + 5000} bytes, the manifest says {size}",
+        )
+    ]  # fmt: skip
+    if size:
+        flip(resharded_copy / path, size - 1)
+        damage = look(resharded_copy)
+        assert [(d.path, d.end) for d in damage] == [(path, size), (path, size + 5000)]
+
+
+def test_a_tensor_in_many_blocks(resharded_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies across two blocks, and what comes behind it in the second."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8192)
+    assert look(resharded_copy) == []
+    file = next(file for file in manifests.load(resharded_copy).files if file.path == "layers/1/dense.safetensors")
+    tensors = [tensor for tensor in file.tensors if tensor.offset // 8192 < (tensor.offset + tensor.size - 1) // 8192]
+    assert len(tensors) > 3
+    for tensor in tensors[1::2]:
+        flip(resharded_copy / file.path, tensor.offset + tensor.size - 1)
+    assert [d.tensor for d in look(resharded_copy)] == [tensor.name for tensor in tensors[1::2]]
+
+
+def test_findings_come_in_the_order_of_the_manifest(resharded_copy: Path) -> None:
+    """However many look, and whoever is done first: the large files take longest."""
+    manifest = manifests.load(resharded_copy)
+    entries = [*manifest.files, *manifest.documents]
+    for entry in entries:
+        os.truncate(resharded_copy / entry.path, entry.size + 1)
+    for jobs in (1, 4):
+        assert [d.path for d in look(resharded_copy, jobs)] == [entry.path for entry in entries]
+
+
+def bad_sector(monkeypatch: pytest.MonkeyPatch, path: Path, sector: range) -> None:
+    """A disk that cannot read some bytes of a file, nor anything that is asked for together with them."""
+    read = Reader.read
+
+    def fail(self: Reader, buffer: memoryview, begin: int, end: int) -> tuple[memoryview, bool]:
+        if self._path == path and begin < sector.stop and sector.start < end:
+            raise ToolkitError(f"{path}: cannot be read at byte {begin}: Input/output error")
+        return read(self, buffer, begin, end)
+
+    monkeypatch.setattr(Reader, "read", fail)
+
+
+def test_a_bad_sector_is_damage_of_the_tensors_that_lie_on_it(
+    resharded_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next(file for file in manifests.load(resharded_copy).files if file.path == "layers/2/dense.safetensors")
+    second, third = file.tensors[1:3]
+    bad_sector(monkeypatch, resharded_copy / file.path, range(third.offset - 1, third.offset + 1))
+    damage = look(resharded_copy)
+    assert [(d.tensor, d.begin, d.end) for d in damage] == [
+        (tensor.name, tensor.offset, tensor.offset + tensor.size) for tensor in (second, third)
+    ]
+    assert all("Input/output error" in d.message for d in damage)
+
+
+def test_files_that_the_manifest_does_not_name_are_no_damage(resharded_copy: Path, v3_resharded: Path) -> None:
+    assert find_unnamed(manifests.open(v3_resharded)) == []
+    for path in ("a note.txt", "layers/2/dense.safetensors.partial", "model/new/x"):
+        (resharded_copy / path).parent.mkdir(exist_ok=True)
+        (resharded_copy / path).touch()
+    assert look(resharded_copy) == []
+    assert find_unnamed(manifests.open(resharded_copy)) == [
+        "a note.txt", "layers/2/dense.safetensors.partial", "model/new/x",
+    ]  # fmt: skip
 
 
 def test_a_failing_disk_is_damage_of_the_file_it_fails_in(resharded_copy: Path, fail_call: Callable[..., Any]) -> None:

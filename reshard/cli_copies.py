@@ -1,0 +1,178 @@
+"""What is done with a resharded checkpoint: verify it, repair it, restore its source."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import click
+
+from manifests import inventory
+from manifests.console import format_bytes, printable, quiet_option
+from manifests.errors import IntegrityError
+from reshard import discard as discarding
+from reshard import repair as repairing
+from reshard import restore as restoring
+from reshard import verify as verifying
+from reshard.cli_events import EventStream
+from reshard.cli_options import (
+    confirm_consume,
+    consume_options,
+    continuable,
+    continue_options,
+    events_option,
+    folder_argument,
+    jobs_option,
+    stream_jobs,
+    streams_option,
+)
+from reshard.repair import UnrepairedError
+from reshard.saved import require_source
+from reshard.workers import DEFAULT_JOBS
+
+EXIT_DAMAGED = IntegrityError.exit_code
+
+
+@click.command()
+@folder_argument("dst")
+@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source in this folder.")
+@jobs_option
+@events_option
+@quiet_option
+def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: bool) -> None:
+    """Read every byte of DST and name what is damaged: file, tensor, byte range. Exit 13 when anything is.
+
+    \b
+    Example:
+      reshard verify DeepSeek-V3-experts
+    """
+    checkpoint = inventory.open(dst)
+    source = require_source(checkpoint)
+    total = sum(file.size for file in checkpoint.manifest.files)
+    total += sum(document.size for document in checkpoint.manifest.documents)
+    if against is not None:
+        total += sum(shard.size for shard in source.shards if shard.sha256 is not None)
+    events = EventStream(enabled=as_json)
+    with events.show_progress(total, label="verify", quiet=quiet) as progress:
+        progress.event("begin", command="verify", path=str(dst), total_bytes=total)
+        findings = verifying.verify(checkpoint, jobs=jobs, progress=progress)
+        if against is not None:
+            findings += verifying.verify_against(checkpoint, against, jobs=jobs, progress=progress)
+    if as_json:
+        events.end({"path": str(dst), "ok": not findings, "damage": [dataclasses.asdict(f) for f in findings]})
+    else:
+        for finding in findings:
+            tensor = f" tensor {finding.tensor}" if finding.tensor else ""
+            click.echo(printable(f"{finding.path}:{tensor} bytes {finding.begin}-{finding.end}: {finding.message}"))
+        if not findings:
+            click.echo(f"{printable(str(dst))}: {format_bytes(progress.bytes)} read, every digest is right")
+    if findings:
+        raise click.exceptions.Exit(EXIT_DAMAGED)
+
+
+@click.command()
+@folder_argument("dst")
+@click.option("--from", "source", type=click.Path(path_type=Path), required=True, help="The shards, or another copy.")
+@jobs_option
+@events_option
+@quiet_option
+def repair(dst: Path, source: Path, jobs: int, as_json: bool, quiet: bool) -> None:
+    """Verify DST, and copy what is damaged again: from the original shards or from another resharded copy.
+
+    \b
+    Example:
+      reshard repair DeepSeek-V3-experts --from DeepSeek-V3
+
+    Nothing is taken whose digest is not the one in DST's manifest. Exit 13 when something is damaged still.
+    """
+    events = EventStream(enabled=as_json)
+    events.begin(command="repair", source=str(source), path=str(dst))
+    failure: UnrepairedError | None = None
+    try:
+        repaired = repairing.repair(dst, source, jobs=jobs, progress=partial(events.show_progress, quiet=quiet))
+    except UnrepairedError as error:
+        failure = error
+        repaired = list(error.repaired)
+    if as_json:
+        failures = [] if failure is None else list(failure.failures)
+        events.end({"path": str(dst), "repaired": [dataclasses.asdict(r) for r in repaired], "failures": failures})
+    else:
+        for each in repaired:
+            what = f"{format_bytes(each.taken_bytes)} taken from {source}"
+            click.echo(printable(f"{each.path}: repaired, {what}"))
+        if not repaired and failure is None:
+            click.echo(f"{printable(str(dst))}: nothing is damaged")
+    if failure is not None:
+        raise failure
+
+
+@click.command()
+@folder_argument("dst")
+@folder_argument("out", required=False)
+@click.option("--check", is_flag=True, help="Hash every shard from DST and write nothing.")
+@streams_option
+@consume_options
+@continue_options
+@events_option
+@quiet_option
+def restore(
+    dst: Path,
+    out: Path | None,
+    check: bool,
+    jobs: int | None,
+    consume: bool,
+    yes: bool,
+    discard: bool,
+    paranoid: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Rebuild the source byte for byte in the new or empty folder OUT, or prove with --check that it can be.
+
+    \b
+    Example:
+      reshard restore DeepSeek-V3-experts --check
+      reshard restore DeepSeek-V3-experts DeepSeek-V3
+
+    Interrupted in any way, the same command goes on from the last shard that was finished.
+    """
+    if check == (out is not None):
+        raise click.UsageError("give either a folder OUT or --check")
+    if out is None and (consume or discard or paranoid):
+        raise click.UsageError("--check writes nothing: --consume, --discard and --paranoid go with a folder OUT")
+    if out is not None and discard:
+        discarding.discard(dst, out)
+    events = EventStream(enabled=as_json)
+    if out is not None and restoring.clean_up_restored(dst, out):
+        if as_json:
+            events.end({"path": str(out), "shards": []})
+        else:
+            click.echo(f"{printable(str(out))}: was restored before; what was left of {printable(str(dst))} is removed")
+        return
+    checkpoint = inventory.open(dst) if out is None else restoring.open_restored(dst, out)
+    if consume:
+        confirm_consume(dst, yes=yes)
+    total = sum(shard.size for shard in require_source(checkpoint).shards)
+    label = "check" if out is None else "restore"
+    with events.show_progress(total, label=label, quiet=quiet) as progress:
+        progress.event("begin", command=label, source=str(dst), path=str(out or dst), total_bytes=total)
+        if out is None:
+            restored = restoring.check(checkpoint, jobs=jobs or DEFAULT_JOBS, progress=progress)
+        else:
+            with continuable(out):
+                restored = restoring.restore(
+                    checkpoint,
+                    out,
+                    jobs=stream_jobs(jobs, consume=consume),
+                    progress=progress,
+                    consume=consume,
+                    paranoid=paranoid,
+                )
+    if as_json:
+        events.end({"path": str(out or dst), "shards": [dataclasses.asdict(shard) for shard in restored]})
+        return
+    size = format_bytes(sum(shard.size for shard in restored))
+    if out is None:
+        text = f"{dst}: all {len(restored)} source shards ({size}) can be rebuilt, every sha256 is the original's"
+    else:
+        text = f"{out}: {len(restored)} shards ({size}) rebuilt, every sha256 is the original's"
+    click.echo(printable(text))

@@ -1,0 +1,330 @@
+"""What an earlier command left in a destination: a run to continue, a checkpoint to widen, or nothing.
+
+Looks and decides; writes nothing.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manifests.digest import TensorHasher, sha256_hex
+from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
+from manifests.header import Header, parse_header
+from manifests.inventory import Checkpoint
+from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.safety import relative_fault, resolve_inside
+from manifests.schema import Manifest, Selection
+from manifests.storage import decode
+from reshard.archive import unpack
+from reshard.blocks import Reader
+from reshard.destination import hash_file
+from reshard.documents import header_paths
+from reshard.journal import CONSUMES, JournalContents, is_consuming, is_digest, read_journal
+from reshard.plan import Plan, SelectionError
+from reshard.saved import read_saved_headers
+from reshard.source import SourceCheckpoint
+from reshard.transfer import Durable
+
+SAMPLE_BYTES = 64 << 20
+"""Compared of a source before it is taken for the one that a checkpoint was made from."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Earlier:
+    """What was found.
+
+    Attributes:
+        journal: Of a run that did not end.
+        manifest: Of a complete checkpoint, of whatever selection.
+        manifest_sha256: Of its file, so that a journal can name it.
+        durable: Tensors and shards that either of them vouches for.
+        freed: Headers of source shards that are gone because the earlier run used them up.
+    """
+
+    journal: JournalContents | None = None
+    manifest: Manifest | None = None
+    manifest_sha256: str | None = None
+    durable: Durable = field(default_factory=Durable)
+    freed: Mapping[str, Header] = field(default_factory=dict)
+
+    @property
+    def consumes(self) -> bool:
+        """Whether the journal's run may have freed a part of its source."""
+        return self.journal is not None and is_consuming(self.journal)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the journal's run ended and only the journal was not removed."""
+        return (
+            self.journal is not None
+            and self.manifest is not None
+            and self.journal.begin.get("widens") != self.manifest_sha256
+        )
+
+    def widen(self, selection: Selection) -> Selection:
+        """What the destination holds when this selection is added to it.
+
+        Raises:
+            SelectionError: The two together are not layers times experts.
+        """
+        if self.manifest is None:
+            return selection
+        return _union(self.manifest.selection, selection)
+
+
+def find_earlier(source: Path, destination: Path) -> Earlier:
+    """Look at a destination.
+
+    Raises:
+        IntegrityError: Its journal is damaged.
+        ManifestError: Its manifest is, or the journal is another command's.
+    """
+    earlier = Earlier()
+    if not destination.is_dir():
+        return earlier
+    earlier.journal = read_journal(destination)
+    _read_manifest(earlier, destination)
+    if earlier.journal is not None:
+        if earlier.journal.begin.get("task") != "run":
+            raise ManifestError(
+                f"{destination}: `reshard {earlier.journal.begin.get('task')}` was interrupted here; finish that "
+                "first, or choose another folder"
+            )
+        check_begin(earlier.journal.begin, destination)
+        _read_records(earlier, destination)
+        if not earlier.is_finished:
+            earlier.freed = _freed_headers(source, destination, earlier.journal, earlier.durable)
+    if earlier.manifest is not None and (earlier.journal is None or earlier.is_finished):
+        earlier.freed = _used_up_headers(source, Checkpoint(destination, earlier.manifest))
+    return earlier
+
+
+def describe_source(source: SourceCheckpoint) -> list[dict[str, Any]]:
+    """The shards as a journal records them, so that a changed one is recognised; one that is gone has no time."""
+    return [
+        {
+            "name": name,
+            "size": header.file_bytes,
+            "mtime_ns": os.stat(source.root / name).st_mtime_ns if (source.root / name).exists() else None,
+            "header_size": len(header.raw),
+            "header_sha256": sha256_hex(header.raw),
+        }
+        for name, header in source.shards.items()
+    ]
+
+
+def require_same_task(earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path) -> None:
+    """Refuse to continue a run with another source or selection than it began with.
+
+    Raises:
+        ManifestError: With the name of what differs.
+    """
+    assert earlier.journal is not None
+    begin = earlier.journal.begin
+    if begin["selection"] != describe_selection(plan.selection):
+        raise ManifestError(
+            f"{destination}: a run with {_options(begin['selection'])} was interrupted here; "
+            "give the same to continue it, or --discard to start again"
+        )
+    known = {shard["name"]: shard for shard in begin["shards"]}
+    for shard in describe_source(source):
+        before = known.pop(shard["name"], None)
+        if before is None or any(shard[key] not in (None, before[key]) for key in before):
+            raise ManifestError(
+                f"{source.root / shard['name']}: is not the file that the interrupted run into {destination} read; "
+                "give the same source, or --discard to start again"
+            )
+    if known:
+        raise ManifestError(
+            f"{source.root}: has no {min(known)}, which the interrupted run into {destination} read; "
+            "give the same source, or --discard to start again"
+        )
+
+
+def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path) -> None:
+    """Refuse to widen a checkpoint with tensors of another model. Headers alone do not tell V3 from R1.
+
+    Raises:
+        ManifestError: The source has other shards, or other bytes.
+        IntegrityError: A shard ends early.
+    """
+    assert earlier.manifest is not None
+    known = earlier.manifest.source
+    headers = {document.path: document.content_sha256 for document in earlier.manifest.documents}
+    shards = [(name, header.file_bytes, sha256_hex(header.raw)) for name, header in source.shards.items()]
+    if known is None or [(shard.name, shard.size, headers[shard.header]) for shard in known.shards] != shards:
+        raise ToolkitError(f"{destination}: holds another checkpoint than {source.root}; choose a new or empty folder")
+    tensors = [tensor for file in plan.files for tensor in file.tensors if tensor.name in earlier.durable.tensors]
+    taken = 0
+    # The smallest first: norms and routers differ between any two models, and many of them are few bytes.
+    for tensor in sorted(tensors, key=lambda tensor: tensor.size):
+        taken += tensor.size
+        if taken > SAMPLE_BYTES or not (source.root / tensor.shard).exists():
+            break
+        hasher = TensorHasher()
+        with closing(Reader(resolve_inside(source.root, tensor.shard))) as reader:
+            for block in reader.blocks(tensor.source_offset, tensor.size):
+                hasher.update(block)
+        if hasher.chunks() != earlier.durable.tensors[tensor.name]:
+            raise ToolkitError(
+                f"{destination}: holds another model than {source.root}: tensor {tensor.name!r} differs; choose a new "
+                "or empty folder"
+            )
+
+
+def require_same_documents(earlier: Earlier, source: SourceCheckpoint, destination: Path) -> None:
+    """Refuse to widen when a small file was changed: its copy belongs to what is there, and must not be replaced.
+
+    Raises:
+        ToolkitError: With the name of the file.
+    """
+    assert earlier.manifest is not None
+    known = {
+        document.source_name: document.content_sha256
+        for document in earlier.manifest.documents
+        if document.role in ("auxiliary", "source_index")
+    }
+    found = {file.path: hash_file(resolve_inside(source.root, file.path)) for file in source.auxiliary}
+    if source.index is not None:
+        found[INDEX_NAME] = sha256_hex(source.index)
+    for name, sha256 in found.items():
+        if known.get(name, sha256) != sha256:
+            raise ToolkitError(
+                f"{source.root / name}: differs from what {destination} was made with; put the file back as it was, or "
+                "choose a new or empty folder"
+            )
+
+
+def describe_selection(selection: Selection) -> dict[str, list[int] | None]:
+    """A selection as a journal records it."""
+    return {
+        "layers": None if selection.layers is None else list(selection.layers),
+        "experts": None if selection.experts is None else list(selection.experts),
+    }
+
+
+def _read_manifest(earlier: Earlier, destination: Path) -> None:
+    """The manifest, also one that was set aside when an interrupted run was about to replace it."""
+    path = destination / MANIFEST_NAME
+    if not path.exists() and earlier.journal is not None:
+        path = destination / ASIDE_NAME
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    earlier.manifest = decode(raw, what=str(path))
+    earlier.manifest_sha256 = sha256_hex(raw)
+    for file in earlier.manifest.files:
+        for tensor in file.tensors:
+            if tensor.digest is not None:
+                earlier.durable.tensors[tensor.name] = tensor.chunks or (tensor.digest,)
+    if earlier.manifest.source is not None:
+        for shard in earlier.manifest.source.shards:
+            if shard.sha256 is not None:
+                earlier.durable.shards[shard.name] = shard.sha256
+
+
+def check_begin(begin: Mapping[str, Any], destination: Path) -> None:
+    """The first record must have the form that `run` writes: the rest of the program takes it at its word."""
+    shard_form = {"name": str, "size": int, "header_size": int, "header_sha256": str}
+    shards, selection = begin.get("shards"), begin.get("selection")
+    is_right = (
+        isinstance(begin.get("consume"), bool)
+        and isinstance(begin.get("widens"), str | None)
+        and isinstance(selection, dict)
+        and selection.keys() == {"layers", "experts"}
+        and all(
+            numbers is None or (isinstance(numbers, list) and all(type(number) is int for number in numbers))
+            for numbers in selection.values()
+        )
+        and isinstance(shards, list)
+        and all(
+            isinstance(shard, dict)
+            and shard.keys() == {*shard_form, "mtime_ns"}
+            and all(type(shard[key]) is kind for key, kind in shard_form.items())
+            and (shard["mtime_ns"] is None or type(shard["mtime_ns"]) is int)
+            and relative_fault(shard["name"]) is None
+            for shard in shards
+        )
+    )
+    if not is_right:
+        raise _not_ours(destination)
+
+
+def _not_ours(destination: Path) -> ManifestError:
+    return ManifestError(
+        f"{destination / JOURNAL_NAME}: a record has not the form of a run's; it was not written by this program"
+    )
+
+
+def _read_records(earlier: Earlier, destination: Path) -> None:
+    assert earlier.journal is not None
+    for record in earlier.journal.records:
+        if record == CONSUMES:
+            continue
+        shard, sha256, tensors = record.get("shard"), record.get("sha256"), record.get("tensors")
+        if not (isinstance(shard, str) and (sha256 is None or is_digest(sha256)) and isinstance(tensors, dict)):
+            raise _not_ours(destination)
+        for name, chunks in tensors.items():
+            if not (isinstance(chunks, list) and chunks and all(is_digest(chunk) for chunk in chunks)):
+                raise _not_ours(destination)
+            earlier.durable.tensors[name] = tuple(chunks)
+        if sha256 is not None:
+            earlier.durable.shards[shard] = sha256
+
+
+def _freed_headers(source: Path, destination: Path, journal: JournalContents, durable: Durable) -> dict[str, Header]:
+    """Headers of shards that are recorded and no longer there, from where the run kept them."""
+    if not is_consuming(journal):
+        return {}
+    freed = {}
+    shards = {shard["name"]: shard for shard in journal.begin["shards"]}
+    paths = header_paths(shards)
+    for name, shard in shards.items():
+        if os.path.lexists(source / name):
+            continue
+        if name not in durable.shards:
+            raise SourceNotFoundError(
+                f"{source / name}: is gone, and {destination / JOURNAL_NAME} does not say that it was taken; "
+                "if the journal was damaged, put back a copy of it"
+            )
+        path = resolve_inside(destination, paths[name])
+        raw = unpack(path.read_bytes(), size=shard["header_size"], what=str(path))
+        if sha256_hex(raw) != shard["header_sha256"]:
+            raise IntegrityError(f"{path}: is not the header of {name} that was saved; it is damaged")
+        freed[name] = parse_header(raw, file_bytes=shard["size"], what=f"saved header of {name}")
+    return freed
+
+
+def _used_up_headers(source: Path, checkpoint: Checkpoint) -> Mapping[str, Header]:
+    """Headers of a source of which no shard is left, because the run that ended here used it up."""
+    known = checkpoint.manifest.source
+    if known is None or not checkpoint.manifest.selection.is_everything:
+        return {}
+    if not source.is_dir() or any(os.path.lexists(source / shard.name) for shard in known.shards):
+        return {}
+    return read_saved_headers(checkpoint)
+
+
+def _union(held: Selection, more: Selection) -> Selection:
+    """Both selections as one, where that is again layers times experts."""
+
+    def both(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if a is None or b is None else tuple(sorted({*a, *b}))
+
+    union = Selection(layers=both(held.layers, more.layers), experts=both(held.experts, more.experts))
+    if union in (held, more) or held.layers == more.layers or held.experts == more.experts:
+        return union
+    raise SelectionError(
+        f"the destination holds {_options(describe_selection(held))}; together with "
+        f"{_options(describe_selection(more))} that is not layers times experts: give a selection that covers both, "
+        "or another destination"
+    )
+
+
+def _options(selection: Mapping[str, Any]) -> str:
+    """A selection as it is typed."""
+    parts = [f"--{what} {','.join(map(str, numbers))}" for what, numbers in selection.items() if numbers is not None]
+    return " ".join(parts) or "everything"

@@ -1,0 +1,236 @@
+"""One damaged file of a resharded checkpoint made anew, from its own right bytes and from a source's.
+
+The new file is written beside the old one, and takes its place when every digest of it is right and it is on disk. What
+a source gives is believed as far as the damaged checkpoint's own manifest proves it, and no further.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from manifests.digest import sha256_hex
+from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
+from manifests.header import HeaderTensor, encode_header, read_header
+from manifests.inventory import Checkpoint, Location
+from manifests.safety import resolve_inside
+from manifests.schema import Document, FileEntry, TensorEntry
+from manifests.storage import sync_folder
+from reshard.archive import pack
+from reshard.blocks import Reader, Writer, temporary_path
+from reshard.documents import write_index
+from reshard.plan import PAGE_BYTES
+from reshard.progress import Progress
+from reshard.saved import find_origins, read_document
+from reshard.streams import Piece, Ring, Target, pump
+from reshard.verify import Damage, checks_of
+from reshard.workers import StopFlag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """A file that is whole again.
+
+    Attributes:
+        path: Relative path.
+        tensors: Names of those that were damaged.
+        taken_bytes: How much was taken from the source; the rest was still right, or follows from the manifest.
+    """
+
+    path: str
+    tensors: tuple[str, ...] = ()
+    taken_bytes: int
+
+
+class Rebuilder:
+    """Makes files of one checkpoint anew, with the help of one source. Several threads may ask it."""
+
+    def __init__(self, checkpoint: Checkpoint, source: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._root = checkpoint.root
+        self._source = source
+        self._is_copy = source.manifest.layout == "resharded"
+        self._ring = Ring()
+
+    def rebuild_file(self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag) -> Repaired:
+        """Replace a file of tensors.
+
+        Args:
+            file: The file.
+            damage: What `verify` found in it: all bytes outside of it are taken from the file itself.
+            progress: Counts bytes of the new file.
+            stop: Asked before each block.
+
+        Raises:
+            IntegrityError: The source's bytes are not those of the manifest.
+            ManifestError, SourceNotFoundError: The source has not this tensor.
+            ToolkitError: A disk error.
+        """
+        header = self._find_header(file)
+        wanted = [(check, check.tensor) for check in checks_of(file) if check.tensor and check.begin < check.end]
+        pieces = []
+        names: dict[str, None] = {}
+        taken = 0
+        with self._replace(file.path, file.size) as writer:
+            for check, tensor in wanted:
+                path, begin = self._root / file.path, check.begin
+                if any(found.begin < check.end and check.begin < found.end for found in damage):
+                    location = self._locate(tensor)
+                    path, begin = location.path, location.offset + check.begin - tensor.offset
+                    names[tensor.name] = None
+                    taken += check.end - check.begin
+                target = Target(open=lambda: writer, offset=check.begin)
+                pieces.append(Piece(path=path, offset=begin, size=check.end - check.begin, target=target))
+            writer.write(header, 0)
+            digests = pump(pieces, whole=None, digests=True, ring=self._ring, progress=progress, stop=stop)
+            for (check, tensor), piece, found in zip(wanted, pieces, digests, strict=True):
+                if found != (check.sha256,):
+                    raise IntegrityError(
+                        f"{piece.path}: bytes {piece.offset}-{piece.offset + piece.size} are not those that "
+                        f"{self._root} had of tensor {tensor.name!r}, so {file.path} stays damaged; give another copy"
+                    )
+        return Repaired(path=file.path, tensors=tuple(names), taken_bytes=taken)
+
+    def rebuild_document(self, document: Document, progress: Progress, stop: StopFlag) -> tuple[Repaired, Document]:
+        """Replace a file without tensors.
+
+        Returns:
+            What was done, and the document as it is now: what is packed by another version of zstd has other bytes,
+            but the content that the manifest promises.
+
+        Raises:
+            IntegrityError, ManifestError, SourceNotFoundError, ToolkitError: See `rebuild_file`.
+        """
+        if document.role == "index":
+            return Repaired(path=document.path, taken_bytes=0), self._rebuild_index(document)
+        stored = self._find_stored(document)
+        if stored is not None:
+            self._copy(stored, document, progress, stop)
+            return Repaired(path=document.path, taken_bytes=document.size), document
+        content = self._find_content(document)
+        packed = pack(content)
+        with self._replace(document.path, 0) as writer:
+            writer.write(packed, 0)
+        progress.advance(len(packed))
+        now = dataclasses.replace(document, size=len(packed), sha256=sha256_hex(packed))
+        return Repaired(path=document.path, taken_bytes=len(content)), now
+
+    @contextmanager
+    def _replace(self, relative: str, size: int) -> Iterator[Writer]:
+        """A writer whose file takes the place of another, durably, if nothing is raised meanwhile."""
+        path = self._root / relative
+        # A link in place of the file is replaced; one in place of its folder would lead the writing elsewhere.
+        if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(self._root)):
+            raise ManifestError(f"{path.parent}: a link that leaves the folder; put a folder in its place")
+        with suppress(FileNotFoundError):
+            os.unlink(temporary_path(path))
+        writer = Writer(path, size)
+        try:
+            yield writer
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        for folder in path.parents:
+            sync_folder(folder)
+            if folder == self._root:
+                break
+
+    def _find_header(self, file: FileEntry) -> bytes:
+        for raw in self._headers(file):
+            if sha256_hex(raw) == file.header_sha256:
+                return raw
+        raise IntegrityError(
+            f"{self._root / file.path}: its header is damaged, and {self._source.root} has not the same file; give a "
+            "resharded copy"
+        )
+
+    def _headers(self, file: FileEntry) -> Iterator[bytes]:
+        """What may be a file's header: as we write it, or what another program wrote, here or in a copy."""
+        entries = [
+            HeaderTensor(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                begin=tensor.offset - file.header_size,
+                end=tensor.offset - file.header_size + tensor.size,
+            )
+            for tensor in file.tensors
+        ]
+        yield encode_header(entries, align=PAGE_BYTES)
+        for root in (self._root, self._source.root):
+            with suppress(ToolkitError), closing(Reader(resolve_inside(root, file.path))) as reader:
+                yield b"".join(bytes(block) for block in reader.blocks(0, file.header_size))
+
+    def _locate(self, tensor: TensorEntry) -> Location:
+        """Where the source has a tensor."""
+        name = tensor.name if self._is_copy else tensor.source_name
+        location = self._source.find(name)
+        if location is None:
+            origin = self._origins.get(tensor.source_name)
+            came = f"; it came from {origin}" if origin else ""
+            raise SourceNotFoundError(f"{self._source.root}: has no tensor {name!r}{came}")
+        if (location.dtype, location.shape, location.size) != (tensor.dtype, tensor.shape, tensor.size):
+            raise ManifestError(
+                f"{location.path}: tensor {name!r} is {location.dtype} {list(location.shape)} and not {tensor.dtype} "
+                f"{list(tensor.shape)}; it is another model's"
+            )
+        return location
+
+    @cached_property
+    def _origins(self) -> Mapping[str, str]:
+        return find_origins(self._checkpoint)
+
+    def _rebuild_index(self, document: Document) -> Document:
+        """Ours follows from the manifest."""
+        path = self._root / document.path
+        if path.is_symlink():
+            os.unlink(path)
+        files = ((file.path, file.tensors) for file in self._checkpoint.manifest.files if file.codec == "none")
+        now = write_index(
+            ((path, ((tensor.name, tensor.size) for tensor in tensors)) for path, tensors in files), self._root
+        )
+        sync_folder(self._root)
+        return now
+
+    def _find_stored(self, document: Document) -> Path | None:
+        """A file of the source that has the bytes of a document as they are stored."""
+        if self._is_copy:
+            for other in self._source.manifest.documents:
+                if other.sha256 == document.sha256:
+                    return resolve_inside(self._source.root, other.path)
+        elif document.codec == "none":
+            return resolve_inside(self._source.root, document.source_name or document.path)
+        return None
+
+    def _copy(self, source: Path, document: Document, progress: Progress, stop: StopFlag) -> None:
+        hasher = hashlib.sha256()
+        size = source.stat().st_size
+        with self._replace(document.path, size) as writer:
+            piece = Piece(path=source, offset=0, size=size, target=Target(open=lambda: writer, offset=0))
+            pump([piece], whole=hasher, digests=False, ring=self._ring, progress=progress, stop=stop)
+            if hasher.hexdigest() != document.sha256:
+                raise IntegrityError(
+                    f"{source}: is not the file that {self._root} had, so {document.path} stays damaged; give "
+                    "another copy"
+                )
+
+    def _find_content(self, document: Document) -> bytes:
+        """What a packed document holds, from a source that has it in another form."""
+        root = self._source.root
+        if self._is_copy:
+            for other in self._source.manifest.documents:
+                if other.content_sha256 == document.content_sha256:
+                    return read_document(self._source, other)
+            raise SourceNotFoundError(f"{root}: has no document with the content of {document.path}")
+        path = resolve_inside(root, document.source_name or document.path)
+        content = read_header(path).raw if document.role == "source_header" else path.read_bytes()
+        if sha256_hex(content) != document.content_sha256:
+            raise IntegrityError(
+                f"{path}: is not the file that {document.path} in {self._root} was made from; give another copy"
+            )
+        return content
