@@ -31,6 +31,7 @@ LFS_POINTER_START = b"version "
 
 MAX_NAME_CHARS = 1024
 MAX_FILE_BYTES = 1 << 62
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,8 @@ def parse_header(raw: bytes, *, file_bytes: int, what: str) -> Header:
     """
     json_bytes = _json_length(raw[:LENGTH_BYTES], file_bytes, what)
     raw = raw[: LENGTH_BYTES + json_bytes]
+    if len(raw) < LENGTH_BYTES + json_bytes:
+        raise ManifestError(f"{what}: header of {json_bytes} bytes ends after {len(raw) - LENGTH_BYTES}; it is damaged")
     # The library demands the brace at once: padding stands behind the JSON, and nothing else may pose as a header.
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise ManifestError(f"{what}: the header does not start with '{{'; not a safetensors file")
@@ -178,7 +181,7 @@ def _parse_entry(name: str, entry: Any, what: str) -> HeaderTensor:
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise ManifestError(f"{where}: dtype {dtype!r:.80} is not one that safetensors defines")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(_is_count(size) for size in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
         raise ManifestError(f"{where}: shape must be a list of whole numbers from 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise ManifestError(f"{where}: data_offsets must be two whole numbers from 0")

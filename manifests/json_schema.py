@@ -7,12 +7,13 @@ other, digests of digests) are the matter of `manifests.validate` and FORMAT.md.
 from typing import Any
 
 from manifests.dtypes import BITS
-from manifests.header import LENGTH_BYTES, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
+from manifests.header import LENGTH_BYTES, MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
 from manifests.paths import Kind
 from manifests.schema import CODECS, FORMAT_NAME, FORMAT_VERSION, LAYOUTS, ROLES, SOURCE_KINDS
 
 _COUNT = {"type": "integer", "minimum": 0, "maximum": MAX_FILE_BYTES}
 _COUNTS = {"type": "array", "items": _COUNT}
+_SHAPE = _COUNTS | {"maxItems": MAX_DIMENSIONS}
 # The length says it again, for validators whose "$" also matches before a final newline.
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "maxLength": 64}
 _PATH = {
@@ -41,12 +42,12 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
 def json_schema() -> dict[str, Any]:
     """The schema as a JSON document (draft 2020-12)."""
     tensor = _object(
-        {"name": _NAME, "dtype": {"enum": list(BITS)}, "shape": _COUNTS, "offset": _COUNT, "size": _COUNT},
+        {"name": _NAME, "dtype": {"enum": list(BITS)}, "shape": _SHAPE, "offset": _COUNT, "size": _COUNT},
         {
             "digest": _SHA256,
             "chunks": {"type": "array", "items": _SHA256, "minItems": 1},
             "encoding": {"type": "string", "minLength": 1, "maxLength": 40},
-            "logical_shape": _COUNTS,
+            "logical_shape": _SHAPE,
             "source_name": _NAME,
         },
     )

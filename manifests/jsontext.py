@@ -5,18 +5,21 @@ Knows bytes and JSON; knows nothing of headers or manifests.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from manifests.errors import ManifestError, SourceNotFoundError
+
+_NEGATIVE_ZERO = re.compile(r"-0(?![0-9.eE])")
 
 
 def parse_json(raw: bytes, *, what: str) -> Any:
     """Parse UTF-8 JSON, refusing what readers disagree about or what only an attacker writes.
 
     Refused: bytes that are not UTF-8, duplicate keys (last-wins and first-wins readers would see different
-    documents), NaN and Infinity (also spelled 1e999), numbers of thousands of digits, nesting beyond Python's
-    stack, lone surrogates.
+    documents), NaN and Infinity (also spelled 1e999), the number -0, numbers of thousands of digits, nesting beyond
+    Python's stack, lone surrogates.
 
     Args:
         raw: The document's bytes.
@@ -31,7 +34,12 @@ def parse_json(raw: bytes, *, what: str) -> Any:
         raise ManifestError(f"{what}: not UTF-8 at byte {error.start}; the file is damaged or not JSON") from error
     try:
         document = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_float=_finite_float, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_float=_finite_float,
+            # A call for each number: only where the text has what it looks for.
+            parse_int=_positive_zero if _NEGATIVE_ZERO.search(text) else None,
+            parse_constant=_refuse_constant,
         )
     except RecursionError as error:
         raise ManifestError(f"{what}: JSON nested too deeply to be a real document") from error
@@ -75,6 +83,12 @@ def _finite_float(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"{text[:40]} is beyond every float")
     return number
+
+
+def _positive_zero(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is a whole number to some readers and none to others")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -14,6 +14,8 @@ ASIDE_NAME = "manifest.json.aside"
 """The manifest of a folder that is being changed: its files are no longer all as it says."""
 JOURNAL_NAME = "reshard-journal.jsonl"
 """In a folder that is being written: what is durable so far. Removed when the folder is complete."""
+TEMP_SUFFIX = ".partial"
+"""Of a file that is being written."""
 INDEX_NAME = "model.safetensors.index.json"
 SOURCE_FOLDER = "source"
 OWN_FOLDERS = ("layers", "model", SOURCE_FOLDER)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.jsontext import parse_json
-from manifests.paths import MANIFEST_NAME
+from manifests.paths import MANIFEST_NAME, TEMP_SUFFIX
 from manifests.schema import FileEntry, Manifest, file_document, to_document
 from manifests.validate import parse
 
@@ -29,8 +29,6 @@ MAX_MANIFEST_BYTES = 256_000_000
 
 WRITE_BYTES = 1 << 20
 """Collected before it is written: a file of the manifest is one or two kilobytes."""
-
-TEMP_SUFFIX = ".partial"
 
 _ZEROS = b"0" * 64
 # Inside a JSON string a quote is escaped, so these bytes can only be a key and its value.

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from manifests.digest import CHUNK_BYTES, combine, file_digest
 from manifests.dtypes import BITS
 from manifests.errors import ManifestError, Problem
-from manifests.header import LENGTH_BYTES, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
-from manifests.paths import Kind, Place, parse_path
+from manifests.header import LENGTH_BYTES, MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
+from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX, Kind, Place, parse_path
 from manifests.safety import relative_fault
 from manifests.schema import (
     CODECS,
@@ -40,6 +40,7 @@ MAX_PROBLEMS = 1000
 
 T = TypeVar("T")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_OWN_NAMES = (MANIFEST_NAME, ASIDE_NAME, JOURNAL_NAME)
 
 
 def parse(document: Any, *, what: str = "manifest", keep: bool = True) -> Manifest:
@@ -182,6 +183,18 @@ class _Reader:
         self._problem(_at(loc, key), "invalid_type", "must be a list of whole numbers from 0")
         return ()
 
+    def _shape(self, mapping: dict[str, Any], key: str, loc: str) -> tuple[int, ...]:
+        shape = self._counts(mapping, key, loc)
+        # The bounds of a header. Dimensions first: the product of a million numbers takes hours.
+        if len(shape) > MAX_DIMENSIONS or prod(number for number in shape if number) > MAX_FILE_BYTES:
+            self._problem(
+                _at(loc, key),
+                "invalid_value",
+                f"has more than {MAX_DIMENSIONS} dimensions, or more elements than any file can hold",
+            )
+            return ()
+        return shape
+
     def _list(self, mapping: dict[str, Any], key: str, loc: str, read: Callable[[Any, str], T | None]) -> tuple[T, ...]:
         value = mapping.get(key, [])
         if not isinstance(value, list):
@@ -285,7 +298,7 @@ class _Reader:
         if not tensor:
             return None
         name = self._text(tensor, "name", loc, limit=MAX_NAME_CHARS)
-        shape = self._shared[self._counts(tensor, "shape", loc)]
+        shape = self._shared[self._shape(tensor, "shape", loc)]
         entry = TensorEntry(
             name=name,
             dtype=self._shared[self._choice(tensor, "dtype", loc, BITS, "U8")],
@@ -295,7 +308,7 @@ class _Reader:
             digest=self._sha256(tensor, "digest", loc),
             chunks=tuple(tensor["chunks"]) if self._chunks_are_sound(tensor, loc) else (),
             encoding=self._text(tensor, "encoding", loc, limit=40) if "encoding" in tensor else PLAIN,
-            logical_shape=self._counts(tensor, "logical_shape", loc) if "logical_shape" in tensor else shape,
+            logical_shape=self._shape(tensor, "logical_shape", loc) if "logical_shape" in tensor else shape,
             source_name=(self._text(tensor, "source_name", loc, limit=MAX_NAME_CHARS) or name)
             if "source_name" in tensor
             else name,
@@ -360,7 +373,8 @@ class _Reader:
         else:
             content_size = self._count(document, "content_size", loc)
             content_sha256 = self._sha256(document, "content_sha256", loc) or ""
-        if (codec != "none") != ("content_size" in document and "content_sha256" in document):
+        packing = {"content_size", "content_sha256"} & document.keys()
+        if len(packing) != (0 if codec == "none" else 2):
             self._problem(loc, "inconsistent", "codec, content_size and content_sha256 belong together")
         return Document(
             path=self._path(document, "path", loc),
@@ -393,8 +407,7 @@ class _Reader:
 
     def _check_whole(self, manifest: Manifest) -> None:
         paths = [file.path for file in manifest.files] + [document.path for document in manifest.documents]
-        # Compared without case: some file systems would write both to one file.
-        self._check_unique("files", "path", (path.casefold() for path in paths))
+        self._check_folder("files", "path", paths)
         self._check_unique("files", "tensor", (tensor.name for file in manifest.files for tensor in file.tensors))
         if (manifest.layout == "resharded") != (manifest.source is not None):
             self._problem("source", "inconsistent", "must be named by a resharded checkpoint, and by no other")
@@ -403,13 +416,30 @@ class _Reader:
         # What restoring writes: two sources of one file would overwrite each other.
         restored = [shard.name for shard in manifest.source.shards]
         restored += [d.source_name for d in manifest.documents if d.source_name and d.role != "source_header"]
-        self._check_unique("source", "name", (name.casefold() for name in restored))
+        self._check_folder("source", "name", restored)
         headers = {document.path for document in manifest.documents if document.role == "source_header"}
         for number, shard in enumerate(manifest.source.shards):
             if shard.header not in headers:
                 self._problem(f"source.shards[{number}].header", "inconsistent", "names no saved source header")
             if shard.sha256 is None and manifest.selection.is_everything:
                 self._problem(f"source.shards[{number}].sha256", "missing_key", "is null although nothing was left out")
+
+    def _check_folder(self, loc: str, noun: str, paths: Iterable[str]) -> None:
+        """Files that one folder is to hold: no two in one place, and none where the tools put what is theirs."""
+        # Compared without case: some file systems would write both to one file.
+        paths = list(paths)
+        names = [path.casefold() for path in paths]
+        self._check_unique(loc, noun, names)
+        folders: set[str] = set()
+        for name in names:
+            above = name
+            while (above := above.rpartition("/")[0]) and above not in folders:
+                folders.add(above)
+        for path, name in zip(paths, names, strict=True):
+            if name in folders:
+                self._problem(loc, "inconsistent", f"{noun} {path!r:.200} is a file and a folder")
+            if name in _OWN_NAMES or path.endswith(TEMP_SUFFIX):
+                self._problem(loc, "invalid_value", f"{noun} {path!r:.200} is one that the tools need themselves")
 
     def _check_unique(self, loc: str, noun: str, values: Iterable[str]) -> None:
         seen: set[str] = set()

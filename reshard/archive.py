@@ -105,12 +105,12 @@ def unpack_blocks(path: Path, *, size: int, stored: "_Hash | None" = None) -> It
                     raise IntegrityError(f"{path}: its zstd frame ends {size} bytes before the size in the manifest")
                 yield buffer[:count]
                 size -= count
-            # The checksum stands behind the last byte, and is looked at only when one more is asked for.
+            # The checksum stands behind the last byte, and is looked at only when one more is asked for. So is the end
+            # of the file: nothing but the frame may be there.
             if stream.readinto(bytearray(1)):
                 raise IntegrityError(f"{path}: unpacks to more bytes than the manifest says")
         except zstandard.ZstdError as error:
             raise IntegrityError(f"{path}: damaged zstd frame: {error}") from error
-        source.drain()
 
 
 class UnpackingReader:
@@ -177,8 +177,3 @@ class _Stored(io.RawIOBase):
         if self._hasher is not None:
             self._hasher.update(block)
         return block
-
-    def drain(self) -> None:
-        """Hash what lies behind the frame."""
-        while self._hasher is not None and self.read():
-            pass

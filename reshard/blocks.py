@@ -8,12 +8,13 @@ that do not fill a page. Holes of a sparse file are found by asking for them and
 import errno
 import mmap
 import os
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from manifests.errors import IntegrityError, ResourceError, ToolkitError
-from manifests.storage import TEMP_SUFFIX
+from manifests.paths import TEMP_SUFFIX
 
 BLOCK_BYTES = 8 << 20
 """What is read and written at once; larger gains nothing, smaller loses to the latency of each request."""
@@ -256,8 +257,17 @@ class PageWriter:
     One at a time, of one file: whatever does not follow the bytes before begins a new run.
     """
 
-    def __init__(self) -> None:
-        # Made for the first bytes: a stream of small tensors needs little of it.
+    def __init__(self, later: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            later: Makes each write, in order, while the next bytes are collected; at once when it is not given.
+        """
+        self._later = later or _at_once
+        # Two, so that one is filled while the other is written. Made when they are needed: a stream of small tensors
+        # needs little of them.
+        self._spare: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._unmade = 2
         self._buffer = memoryview(b"")
         self._writer: Writer | None = None
         # The buffer holds bytes begin to end of the file; its first byte stands for the page that holds begin.
@@ -266,12 +276,12 @@ class PageWriter:
 
     def put(self, writer: Writer, data: memoryview, offset: int) -> None:
         """Take the next bytes; what they fill is written."""
-        if not self._buffer:
-            self._buffer = aligned_buffer(_round_up(BLOCK_BYTES))
         if writer is not self._writer or offset != self._end:
             self.flush()
             self._writer, self._begin, self._end = writer, offset, offset
         while data:
+            if not self._buffer:
+                self._buffer = self._take_buffer()
             base = self._begin - self._begin % ALIGN_BYTES
             at = self._end - base
             count = min(len(data), len(self._buffer) - at)
@@ -286,19 +296,41 @@ class PageWriter:
         if self._writer is not None and self._end > self._begin:
             self._write_out()
 
+    def _take_buffer(self) -> memoryview:
+        if self._unmade and self._spare.empty():
+            self._unmade -= 1
+            return aligned_buffer(_round_up(BLOCK_BYTES))
+        return self._spare.get()
+
     def _write_out(self) -> None:
         assert self._writer is not None
-        begin, end = self._begin, self._end
-        base = begin - begin % ALIGN_BYTES
-        first, last = _round_up(begin), end - end % ALIGN_BYTES
-        if last - first < min(DIRECT_MIN_BYTES, BLOCK_BYTES):
-            self._writer.write(self._buffer[begin - base : end - base], begin)
-        else:
-            # A page that is not whole belongs to two runs, so both write their part of it through the cache.
-            self._writer.write(self._buffer[begin - base : first - base], begin)
-            self._writer.write_pages(self._buffer[first - base : last - base], first)
-            self._writer.write(self._buffer[last - base : end - base], last)
-        self._begin = end
+        writer, buffer, begin, end = self._writer, self._buffer, self._begin, self._end
+        self._buffer, self._begin = memoryview(b""), end
+
+        def write() -> None:
+            try:
+                _write_run(writer, buffer, begin, end)
+            finally:
+                self._spare.put(buffer)
+
+        self._later(write)
+
+
+def _at_once(call: Callable[[], None]) -> None:
+    call()
+
+
+def _write_run(writer: Writer, buffer: memoryview, begin: int, end: int) -> None:
+    """Write the bytes begin to end of a file from a buffer whose first byte stands for the page that holds begin."""
+    base = begin - begin % ALIGN_BYTES
+    first, last = _round_up(begin), end - end % ALIGN_BYTES
+    if last - first < min(DIRECT_MIN_BYTES, BLOCK_BYTES):
+        writer.write(buffer[begin - base : end - base], begin)
+        return
+    # A page that is not whole belongs to two runs, so both write their part of it through the cache.
+    writer.write(buffer[begin - base : first - base], begin)
+    writer.write_pages(buffer[first - base : last - base], first)
+    writer.write(buffer[last - base : end - base], last)
 
 
 def data_bytes(path: Path) -> int:

@@ -10,7 +10,7 @@ from manifests.console import format_bytes, format_seconds, json_option, print_j
 from manifests.schema import Selection
 from reshard.cli_options import folder_argument, selection_options
 from reshard.consume import same_disk
-from reshard.destination import check_apart, check_room, free_bytes
+from reshard.destination import check_apart, check_empty, check_room, free_bytes
 from reshard.disk import measure_hash_rate, measure_read_rate
 from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import free_inodes
@@ -49,7 +49,12 @@ def plan(
 
 def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan]:
     """A source, also one that an interrupted run has begun to use up, and the plan with what the destination holds."""
-    earlier = Earlier() if dst is None else find_earlier(src, dst)
+    earlier = Earlier()
+    if dst is not None:
+        check_apart(src, dst)
+        earlier = find_earlier(src, dst)
+        if dst.is_dir() and earlier.journal is None and earlier.manifest is None:
+            check_empty(dst)
     source = read_source(src, earlier.freed)
     return source, make_plan(source, earlier.widen(selection))
 
@@ -58,8 +63,6 @@ def show_plan(
     source: SourceCheckpoint, planned: Plan, destination: Path | None, *, consume: bool, as_json: bool
 ) -> None:
     """Print the plan, and then refuse a disk that is too small for it, so that the reader sees both."""
-    if destination is not None:
-        check_apart(source.root, destination)
     # Without a destination: the disk of the source, beside which most people put it.
     if consume:
         check_consume(source, planned)

@@ -10,9 +10,9 @@ from typing import Any
 
 from manifests.digest import sha256_hex
 from manifests.errors import ToolkitError
-from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME, parse_path
+from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX, parse_path
 from manifests.schema import Manifest
-from manifests.storage import TEMP_SUFFIX, decode, sync_folder
+from manifests.storage import decode, sync_folder
 from reshard.destination import empty_folder
 from reshard.documents import write_index
 from reshard.earlier import check_begin

@@ -83,9 +83,10 @@ def make_other(root: Path, file: FileEntry, *, progress: Progress, stop: StopFla
     sync_folder(target.parent)
     try:
         return prove_other(root, file)
-    except IntegrityError as error:
+    except ToolkitError as error:
         target.unlink()
-        raise IntegrityError(f"{error}; it was written just now, and read back wrong") from error
+        kind = IntegrityError if isinstance(error, IntegrityError) else ToolkitError
+        raise kind(f"{error}; it was written just now, and must be read back right") from error
 
 
 def prove_other(root: Path, file: FileEntry) -> FileEntry:

@@ -132,7 +132,9 @@ def read_journal(folder: Path) -> JournalContents | None:
     for number, line in enumerate(lines[:-1], start=1):
         parsed = _parse(line, last_check)
         if parsed is None:
-            if records and any(_is_whole(later) for later in lines[number:]):
+            # A torn line is part of one record. Two in one line are a border that was damaged.
+            is_torn = line.count(b'"check":') < 2 and not any(_is_whole(later) for later in lines[number:])
+            if records and not is_torn:
                 raise IntegrityError(
                     f"{path}: line {number} is damaged; what it vouched for cannot be trusted, restore the journal "
                     "from a copy, or start again with --discard if the source is still whole"
@@ -155,7 +157,8 @@ def read_begin(folder: Path) -> dict[str, Any]:
         IntegrityError: It is damaged.
     """
     with (folder / JOURNAL_NAME).open("rb") as file:
-        parsed = _parse(file.readline(MAX_JOURNAL_BYTES).removesuffix(b"\n"), "")
+        line = file.readline(MAX_JOURNAL_BYTES)
+    parsed = _parse(line[:-1], "") if line.endswith(b"\n") else None
     if parsed is None:
         raise _first_line_damaged(folder)
     return parsed[1]
@@ -204,7 +207,7 @@ def _parse(line: bytes, last_check: str) -> tuple[str, dict[str, Any]] | None:
 def _is_whole(line: bytes) -> bool:
     """Whether a line is a record, of whatever chain: then the one before it is not the torn end."""
     try:
-        return isinstance(parse_json(line, what="journal"), dict)
+        return line.startswith(b"{") and isinstance(parse_json(line, what="journal"), dict)
     except ManifestError:
         return False
 

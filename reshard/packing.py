@@ -106,7 +106,7 @@ def _begin(folder: Path, task: Task) -> Journal:
 
 
 def _resume(folder: Path, contents: JournalContents, jobs: int, progress: Progress) -> "_Conversion":
-    """Go on from a journal. What was renamed before is durable when it is reopened."""
+    """Go on from a journal."""
     task, manifest = _task_of(contents.begin), _load_aside(folder)
     assert task is not None
     if contents.begin.get("manifest") != sha256_hex((folder / ASIDE_NAME).read_bytes()):
@@ -197,7 +197,7 @@ class _Conversion:
         documents = [document for document in self._manifest.documents if document.path != INDEX_NAME]
         manifest = dataclasses.replace(
             self._manifest,
-            files=tuple(sorted(files, key=lambda file: file.path)),
+            files=tuple(files),
             documents=tuple(sorted([*documents, index], key=lambda document: document.path)),
         )
         save(manifest, self._folder)
@@ -251,7 +251,8 @@ class _Conversion:
             if os.path.lexists(self._folder / file.path):
                 target.unlink()
             return None
-        # Its bytes were durable when it got its name; the name itself may not be yet.
+        # Who wrote it may have been killed before it was durable, or its name.
+        _sync_file(target)
         sync_folder(target.parent)
         return entry
 
@@ -277,6 +278,8 @@ def _expert_bytes(manifest: Manifest) -> int:
 def _read_own_journal(folder: Path) -> JournalContents | None:
     """The journal of an interrupted `pack` or `unpack`; None when there is none, or all is done but its removal."""
     contents = read_journal(folder)
+    # What a killed one renamed or removed last may be in memory only.
+    sync_folder(folder)
     if contents is None:
         # Left when one was stopped as it began its journal.
         temporary_path(folder / JOURNAL_NAME).unlink(missing_ok=True)
@@ -284,8 +287,7 @@ def _read_own_journal(folder: Path) -> JournalContents | None:
     if _task_of(contents.begin) is None:
         raise ManifestError(f"{folder}: `reshard {contents.begin.get('task')}` was interrupted here; finish that first")
     if (folder / MANIFEST_NAME).exists():
-        # It was stopped before it touched a file, or behind the last step; then the manifest's name may not be durable.
-        sync_folder(folder)
+        # It was stopped before it touched a file, or behind the last step.
         _clean_up(folder)
         return None
     return contents
@@ -305,16 +307,21 @@ def _load_aside(folder: Path) -> Manifest:
 
 
 def _check_files(folder: Path, files: list[FileEntry]) -> None:
-    """Refuse files that do not lie here themselves, and to overwrite what nobody vouches for."""
+    """Refuse files that do not lie here themselves, and to overwrite what we did not make."""
     root = Path(os.path.realpath(folder))
     for file in files:
-        path = folder / file.path
-        if Path(os.path.realpath(path)) != root / file.path:
-            raise ToolkitError(f"{path}: is a link; only files that lie in the folder itself are packed and unpacked")
-        if os.path.lexists(folder / other_path(file)):
-            raise ToolkitError(
-                f"{folder / other_path(file)}: is in the way, and the manifest does not name it; move it elsewhere"
-            )
+        for path in (file.path, other_path(file)):
+            if Path(os.path.realpath(folder / path)) != root / path:
+                raise ToolkitError(
+                    f"{folder / path}: is a link; only files that lie in the folder itself are packed and unpacked"
+                )
+        target = folder / other_path(file)
+        if not os.path.lexists(target):
+            continue
+        try:
+            prove_other(folder, file)
+        except ToolkitError as error:
+            raise ToolkitError(f"{target}: is in the way, and not what would be written there; move it away") from error
 
 
 def _check_room(folder: Path, files: list[FileEntry], jobs: int) -> None:
@@ -327,8 +334,16 @@ def _check_room(folder: Path, files: list[FileEntry], jobs: int) -> None:
     check_room(folder, max(0, growth) + sum(sorted(made)[-jobs:]) + 2 * (manifest + index))
 
 
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _clean_up(folder: Path) -> None:
-    """Behind the new manifest: the old one and the journal go."""
-    (folder / ASIDE_NAME).unlink(missing_ok=True)
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
-    sync_folder(folder)
+    """Behind the new manifest: the old one goes, and then the journal, without which nobody would look for it."""
+    for name in (ASIDE_NAME, JOURNAL_NAME):
+        (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)

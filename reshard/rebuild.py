@@ -7,21 +7,23 @@ a source gives is believed as far as the damaged checkpoint's own manifest prove
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from manifests.digest import sha256_hex
+from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.header import HeaderTensor, encode_header, read_header
 from manifests.inventory import Checkpoint, Location
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, TensorEntry
 from manifests.storage import sync_folder
-from reshard.archive import pack
-from reshard.blocks import Reader, Writer, temporary_path
+from reshard.archive import UnpackingReader, pack, unpack_blocks, write_packed
+from reshard.blocks import Reader, Writer, new_block, temporary_path
 from reshard.documents import write_index
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
@@ -29,6 +31,9 @@ from reshard.saved import find_origins, read_document
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import Damage, checks_of
 from reshard.workers import StopFlag
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +61,31 @@ class Rebuilder:
         self._is_copy = source.manifest.layout == "resharded"
         self._ring = Ring()
 
-    def rebuild_file(self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag) -> Repaired:
+    def rebuild_file(
+        self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag
+    ) -> tuple[Repaired, FileEntry]:
         """Replace a file of tensors.
 
         Args:
             file: The file.
-            damage: What `verify` found in it: all bytes outside of it are taken from the file itself.
+            damage: What `verify` found in it: all bytes outside of it are taken from the file itself, if it is plain.
             progress: Counts bytes of the new file.
             stop: Asked before each block.
+
+        Returns:
+            What was done, and the file as it is now: what is packed by another version of zstd has other bytes, but
+            unpacks to what the manifest promises.
 
         Raises:
             IntegrityError: The source's bytes are not those of the manifest.
             ManifestError, SourceNotFoundError: The source has not this tensor.
             ToolkitError: A disk error.
         """
+        if file.codec == "none":
+            return self._rebuild_plain(file, damage, progress, stop), file
+        return self._rebuild_packed(file, progress, stop)
+
+    def _rebuild_plain(self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag) -> Repaired:
         header = self._find_header(file)
         wanted = [(check, check.tensor) for check in checks_of(file) if check.tensor and check.begin < check.end]
         pieces = []
@@ -77,23 +93,68 @@ class Rebuilder:
         taken = 0
         with self._replace(file.path, file.size) as writer:
             for check, tensor in wanted:
-                path, begin = self._root / file.path, check.begin
+                path, begin, unpacked_size = self._root / file.path, check.begin, None
                 if any(found.begin < check.end and check.begin < found.end for found in damage):
                     location = self._locate(tensor)
                     path, begin = location.path, location.offset + check.begin - tensor.offset
+                    unpacked_size = None if location.codec == "none" else location.unpacked_size
                     names[tensor.name] = None
                     taken += check.end - check.begin
-                target = Target(open=lambda: writer, offset=check.begin)
-                pieces.append(Piece(path=path, offset=begin, size=check.end - check.begin, target=target))
+                size, target = check.end - check.begin, Target(open=lambda: writer, offset=check.begin)
+                pieces.append(Piece(path=path, offset=begin, size=size, target=target, unpacked_size=unpacked_size))
             writer.write(header, 0)
             digests = pump(pieces, whole=None, digests=True, ring=self._ring, progress=progress, stop=stop)
             for (check, tensor), piece, found in zip(wanted, pieces, digests, strict=True):
                 if found != (check.sha256,):
-                    raise IntegrityError(
-                        f"{piece.path}: bytes {piece.offset}-{piece.offset + piece.size} are not those that "
-                        f"{self._root} had of tensor {tensor.name!r}, so {file.path} stays damaged; give another copy"
-                    )
+                    raise self._wrong(tensor, piece.path, piece.offset, piece.size)
         return Repaired(path=file.path, tensors=tuple(names), taken_bytes=taken)
+
+    def _rebuild_packed(self, file: FileEntry, progress: Progress, stop: StopFlag) -> tuple[Repaired, FileEntry]:
+        for other in self._source.manifest.files:
+            if other.stored_sha256 == file.stored_sha256:
+                path = resolve_inside(self._source.root, other.path)
+                self._copy(path, file.path, other.stored_sha256, progress, stop)
+                return Repaired(path=file.path, taken_bytes=file.size), file
+        header = self._find_header(file)
+        plain, unpacked, stored = hashlib.sha256(header), hashlib.sha256(), hashlib.sha256()
+        with self._replace(file.path, 0) as writer:
+            with closing(self._read_tensors(file, plain, progress, stop)) as tensors:
+                write_packed(chain([memoryview(header)], tensors), writer, size=file.unpacked_size)
+            # The manifest will vouch for bytes that nobody knew before: only for what comes back right from the disk.
+            path = temporary_path(writer.path)
+            size = path.stat().st_size
+            for block in unpack_blocks(path, size=file.unpacked_size, stored=stored):
+                unpacked.update(block)
+            if unpacked.digest() != plain.digest():
+                raise IntegrityError(f"{path}: is not read back as it was written; the disk is damaged")
+        now = dataclasses.replace(file, size=size, stored_sha256=stored.hexdigest())
+        return Repaired(path=file.path, taken_bytes=file.unpacked_size - file.header_size), now
+
+    def _read_tensors(
+        self, file: FileEntry, whole: "_Hash", progress: Progress, stop: StopFlag
+    ) -> Generator[memoryview, None, None]:
+        """The payload of a file as the source has it, each tensor proven before the next; `whole` takes all of it."""
+        buffer = self._ring.take()
+        path: Path | None = None
+        try:
+            with ExitStack() as opened:
+                for tensor in file.tensors:
+                    location = self._locate(tensor)
+                    if location.path != path:
+                        opened.close()
+                        path = location.path
+                        reader = opened.enter_context(closing(_open(path, location)))
+                    hasher = TensorHasher()
+                    for block in _blocks(reader, buffer, location.offset, location.size):
+                        stop.check()
+                        hasher.update(block)
+                        whole.update(block)
+                        yield block
+                        progress.advance(len(block))
+                    if hasher.chunks() != (tensor.chunks or (tensor.digest,)):
+                        raise self._wrong(tensor, path, location.offset, location.size)
+        finally:
+            self._ring.give(buffer)
 
     def rebuild_document(self, document: Document, progress: Progress, stop: StopFlag) -> tuple[Repaired, Document]:
         """Replace a file without tensors.
@@ -109,7 +170,7 @@ class Rebuilder:
             return Repaired(path=document.path, taken_bytes=0), self._rebuild_index(document)
         stored = self._find_stored(document)
         if stored is not None:
-            self._copy(stored, document, progress, stop)
+            self._copy(stored, document.path, document.sha256, progress, stop)
             return Repaired(path=document.path, taken_bytes=document.size), document
         content = self._find_content(document)
         packed = pack(content)
@@ -162,14 +223,15 @@ class Rebuilder:
             for tensor in file.tensors
         ]
         yield encode_header(entries, align=PAGE_BYTES)
-        for root in (self._root, self._source.root):
-            with suppress(ToolkitError), closing(Reader(resolve_inside(root, file.path))) as reader:
-                yield b"".join(bytes(block) for block in reader.blocks(0, file.header_size))
+        others = (other for other in self._source.manifest.files if other.header_sha256 == file.header_sha256)
+        for root, other in ((self._root, file), *((self._source.root, other) for other in others)):
+            with suppress(ToolkitError), closing(_open(resolve_inside(root, other.path), other)) as reader:
+                yield b"".join(bytes(block) for block in _blocks(reader, new_block(), 0, file.header_size))
 
     def _locate(self, tensor: TensorEntry) -> Location:
         """Where the source has a tensor."""
         name = tensor.name if self._is_copy else tensor.source_name
-        location = self._source.find(name)
+        location = self._source.locate(name)
         if location is None:
             origin = self._origins.get(tensor.source_name)
             came = f"; it came from {origin}" if origin else ""
@@ -207,17 +269,20 @@ class Rebuilder:
             return resolve_inside(self._source.root, document.source_name or document.path)
         return None
 
-    def _copy(self, source: Path, document: Document, progress: Progress, stop: StopFlag) -> None:
+    def _copy(self, source: Path, path: str, sha256: str | None, progress: Progress, stop: StopFlag) -> None:
         hasher = hashlib.sha256()
         size = source.stat().st_size
-        with self._replace(document.path, size) as writer:
+        with self._replace(path, size) as writer:
             piece = Piece(path=source, offset=0, size=size, target=Target(open=lambda: writer, offset=0))
             pump([piece], whole=hasher, digests=False, ring=self._ring, progress=progress, stop=stop)
-            if hasher.hexdigest() != document.sha256:
-                raise IntegrityError(
-                    f"{source}: is not the file that {self._root} had, so {document.path} stays damaged; give "
-                    "another copy"
-                )
+            if hasher.hexdigest() != sha256:
+                raise IntegrityError(f"{source}: is not the file that {self._root} had; give another copy")
+
+    def _wrong(self, tensor: TensorEntry, path: Path, begin: int, size: int) -> IntegrityError:
+        return IntegrityError(
+            f"{path}: bytes {begin}-{begin + size} are not those that {self._root} had of tensor {tensor.name!r}; give "
+            "another copy"
+        )
 
     def _find_content(self, document: Document) -> bytes:
         """What a packed document holds, from a source that has it in another form."""
@@ -234,3 +299,15 @@ class Rebuilder:
                 f"{path}: is not the file that {document.path} in {self._root} was made from; give another copy"
             )
         return content
+
+
+def _open(path: Path, stored: FileEntry | Location) -> Reader | UnpackingReader:
+    return Reader(path) if stored.codec == "none" else UnpackingReader(path, stored.unpacked_size)
+
+
+def _blocks(reader: Reader | UnpackingReader, buffer: memoryview, begin: int, size: int) -> Iterator[memoryview]:
+    end = begin + size
+    while begin < end:
+        block, _ = reader.read(buffer, begin, end)
+        yield block
+        begin += len(block)

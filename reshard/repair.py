@@ -152,38 +152,39 @@ def _replace_damaged(
     folder = checkpoint.root
     _check_room(folder, entries, jobs)
     rebuilder = Rebuilder(checkpoint, source)
-    changed: dict[str, Document] = {}
+    files: dict[str, FileEntry] = {}
+    documents: dict[str, Document] = {}
 
     with progress(sum(entry.size for entry in entries), label="repair") as shown:
 
-        def work(entry: FileEntry | Document, stop: StopFlag) -> Repaired | ToolkitError:
+        def work(entry: FileEntry | Document, stop: StopFlag) -> Repaired | str:
             shown.at(entry.path)
             try:
                 if isinstance(entry, Document):
-                    done, now = rebuilder.rebuild_document(entry, shown, stop)
-                    if now != entry:
-                        changed[entry.path] = now
+                    done, documents[entry.path] = rebuilder.rebuild_document(entry, shown, stop)
                 else:
-                    done = rebuilder.rebuild_file(entry, found[entry.path], shown, stop)
+                    done, files[entry.path] = rebuilder.rebuild_file(entry, found[entry.path], shown, stop)
             except (ToolkitError, OSError) as error:
                 failure = error if isinstance(error, ToolkitError) else write_error(folder / entry.path, error)
                 if isinstance(failure, ResourceError):
                     raise failure from error
-                shown.event("failed", path=entry.path, message=str(failure))
-                return failure
+                message = f"{folder / entry.path}: stays damaged: {failure}"
+                shown.event("failed", path=entry.path, message=message)
+                return message
             shown.event("repaired", **dataclasses.asdict(done))
             return done
 
-        try:
-            results = run_all(work, entries, workers=jobs)
-        finally:
-            if changed:
-                documents = tuple(changed.get(entry.path, entry) for entry in checkpoint.manifest.documents)
-                save(dataclasses.replace(checkpoint.manifest, documents=documents), folder)
+        results = run_all(work, entries, workers=jobs)
     repaired += [result for result in results if isinstance(result, Repaired)]
-    if changed:
+    manifest = dataclasses.replace(
+        checkpoint.manifest,
+        files=tuple(files.get(file.path, file) for file in checkpoint.manifest.files),
+        documents=tuple(documents.get(document.path, document) for document in checkpoint.manifest.documents),
+    )
+    if manifest != checkpoint.manifest:
+        save(manifest, folder)
         repaired.append(_repaired_manifest(folder))
-    failures = [str(result) for result in results if isinstance(result, ToolkitError)]
+    failures = [result for result in results if isinstance(result, str)]
     if failures:
         raise UnrepairedError(repaired, failures)
     return repaired

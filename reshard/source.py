@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.header import Header
 from manifests.inventory import SUFFIX, check_finished, read_config, read_shards
-from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS
+from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
 from manifests.safety import relative_fault, resolve_inside
-from manifests.storage import TEMP_SUFFIX
 
 OTHER_WEIGHT_SUFFIXES = frozenset(
     {SUFFIX, ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".tflite"}

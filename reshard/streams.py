@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from manifests.digest import TensorHasher
 from reshard.archive import UnpackingReader
 from reshard.blocks import PageWriter, Reader, Writer, new_block
+from reshard.callqueue import CallQueue
 from reshard.progress import Progress
 from reshard.workers import StopFlag
 
@@ -167,9 +168,10 @@ def pump(
         line.add(lambda block: whole.update(block.data))
     if digests:
         line.add(_digester(pieces, found))
+    calls = CallQueue()
     if any(piece.target is not None for piece in pieces):
-        writing = _Writing(pieces)
-        line.add(writing.take, writing.flush)
+        writing = _Writing(pieces, calls)
+        line.add(writing.take, writing.finish)
     if not line.queues:
         return found
     for thread in line.threads:
@@ -189,6 +191,7 @@ def pump(
         line.send(None)
         for thread in line.threads:
             thread.join()
+        calls.close()
     if line.failure is not None:
         raise line.failure
     return found
@@ -268,9 +271,10 @@ def _digester(pieces: Sequence[Piece], found: list[tuple[str, ...]]) -> Callable
 class _Writing:
     """The writing thread's work: pieces to their files, in large runs; says when a piece is written."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], calls: CallQueue) -> None:
         self._pieces = pieces
-        self._pages = PageWriter()
+        self._calls = calls
+        self._pages = PageWriter(later=calls.add)
         self._at: tuple[Writer, int] | None = None
         self._held: list[Callable[[], None]] = []
 
@@ -298,4 +302,9 @@ class _Writing:
         self._pages.flush()
         held, self._held = self._held, []
         for written in held:
-            written()
+            self._calls.add(written)
+
+    def finish(self) -> None:
+        """Write what is held, and wait until all is written."""
+        self.flush()
+        self._calls.finish()

@@ -23,6 +23,7 @@ from manifests.schema import Selection
 from reshard.blocks import ALIGN_BYTES
 from reshard.destination import Hold
 from reshard.journal import Journal
+from reshard.packing import pack
 from reshard.plan import Plan, make_plan
 from reshard.progress import Progress
 from reshard.run import reshard_checkpoint
@@ -99,6 +100,23 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractConte
     return stop
 
 
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], AbstractContextManager[None]]:
+    """Stop a command as it calls a function; nothing is cleaned up, as after a kill."""
+
+    @contextmanager
+    def stop(module: Any, name: str) -> Iterator[None]:
+        def stopped(*_: object, **__: object) -> None:
+            raise Stopped
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):  # noqa: PT012
+            patch.setattr(module, name, stopped)
+            patch.setattr(Hold, "clear", lambda _: None)
+            yield
+
+    return stop
+
+
 @pytest.fixture(scope="session")
 def v2_resharded(
     v2_folder: Path, tmp_path_factory: pytest.TempPathFactory, reshard_folder: Callable[..., Path], tree: Any
@@ -108,6 +126,17 @@ def v2_resharded(
     before = tree(folder)
     yield folder
     assert tree(folder) == before, "a test changed the shared v2"
+
+
+@pytest.fixture(scope="session")
+def v2_packed(v2_resharded: Path, tmp_path_factory: pytest.TempPathFactory, tree: Any) -> Iterator[Path]:
+    """The same with its four experts packed, for reading."""
+    folder = shutil.copytree(v2_resharded, tmp_path_factory.mktemp("packed") / "v2")
+    with Progress(0, label="", quiet=True) as progress:
+        pack(folder, jobs=2, progress=progress)
+    before = tree(folder)
+    yield folder
+    assert tree(folder) == before, "a test changed the shared packed v2"
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from reshard.journal import CONSUMES, Journal, is_consuming, is_digest, read_beg
 NAME = "reshard-journal.jsonl"
 BEGIN = {"task": "run", "consume": False, "shards": [{"name": "a", "size": 3}]}
 RECORDS: list[dict[str, Any]] = [
-    {"shard": "a", "sha256": "0" * 64, "tensors": {'t\u2581"\n': ["1" * 64, "2" * 64]}},
+    {"shard": "a", "sha256": "00", "tensors": {'t\u2581"\n': ["11", "22"]}},
     {"shard": "b", "sha256": None, "tensors": {}},
     CONSUMES,
-    {"shard": "c", "sha256": "f" * 64, "tensors": {"u": ["3" * 64]}},
+    {"shard": "c", "sha256": "ff", "tensors": {"u": ["33"]}},
 ]
 
 
@@ -167,13 +167,12 @@ def test_every_flipped_bit(tmp_path: Path) -> None:
             except IntegrityError as error:
                 refused.append((position < first) is ("its first line is damaged" in str(error)))
             else:
-                # The border of the last two lines makes one of them.
-                assert found == (RECORDS[:-2] if position == last - 1 else RECORDS[:-1])
-                assert position >= last - 1
+                assert found == RECORDS[:-1]
+                assert position >= last
                 dropped += 1
             raw[position] ^= 1 << bit
     assert all(refused)
-    assert len(refused) >= 8 * (last - 1)
+    assert len(refused) >= last - 1
     assert dropped > 0
 
 

@@ -283,16 +283,20 @@ def test_a_plan_of_many_files_is_small() -> None:
         for projection in ("gate", "up", "down")
     ]
     source = source_of(header_of(*tensors))
-    make_plan(source, Selection())  # what is made once, such as compiled patterns
-    tracemalloc.start()
-    try:
-        plan = make_plan(source, Selection())
-        kept, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(plan.files) == 500
-    assert kept / len(tensors) < 400
-    assert peak / len(tensors) < 900
+    kept, peaks = [], []
+    # Several times: the interpreter's own tables, such as that of interned texts, grow once in a while.
+    for _ in range(3):
+        tracemalloc.start()
+        try:
+            plan = make_plan(source, Selection())
+            now, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len(plan.files) == 500
+        kept.append(now / len(tensors))
+        peaks.append(peak / len(tensors))
+    assert min(kept) < 400
+    assert min(peaks) < 500
 
 
 def test_what_many_tensors_have_in_common_is_one_object() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -10,8 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from manifests.errors import (
 )
 from manifests.schema import FileEntry
 from manifests.storage import encode
-from reshard import rebuild
+from reshard import archive, packing, rebuild
 from reshard import verify as verify_module
-from reshard.blocks import Reader
+from reshard.blocks import Reader, Writer
 from reshard.progress import Progress
 from reshard.rebuild import Repaired
 from reshard.repair import UnrepairedError, repair
@@ -355,14 +355,16 @@ def test_another_model(resharded_copy: Path, v2_folder: Path, tree: Tree) -> Non
     flip(resharded_copy / "model/embed.safetensors", 5000)
     flip(resharded_copy / EXPERT, 5000)
     flip(resharded_copy / "config.json", 5)
+    flip(resharded_copy / "source/headers/01.zst", 5)  # it would say where the embedding came from
     damaged = tree(resharded_copy)
     with pytest.raises(UnrepairedError) as caught:
         mend(resharded_copy, v2_folder)
-    expert, embed, config = caught.value.failures
+    expert, embed, config, header = caught.value.failures
     assert "has no tensor 'model.layers.2.mlp.experts.3." in expert
     assert "it came from model-000" in expert
     assert "BF16 [30, 40] and not BF16 [67, 136]" in embed
     assert str(v2_folder / "config.json") in config
+    assert "model-00001-of-" in header
     assert tree(resharded_copy) == damaged
 
 
@@ -452,6 +454,54 @@ def test_a_failing_disk_leaves_what_was_there(
     assert all(what in (damaged[path], good[path]) for path, what in after.items())
     mend(resharded_copy, source)
     assert tree(resharded_copy) == good
+
+
+def repair_and_die(folder: Path, source: Path, point: int) -> bool:
+    """Repair in another process, which ends without a word before the n-th call that changes something."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    left = [point]
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("pwrite", "fsync", "rename", "unlink", "mkdir", "ftruncate"):
+        setattr(os, name, counted(getattr(os, name)))
+    with contextlib.suppress(BaseException):
+        mend(folder, source, jobs=1)
+        os._exit(0)
+    os._exit(1)
+
+
+def test_killed_anywhere(v2_folder: Path, tmp_path: Path, reshard_folder: Callable[..., Path], tree: Tree) -> None:
+    """Each file is damaged as it was or whole, and another repair ends what this one began."""
+    out = reshard_folder(v2_folder, tmp_path / "out")
+    paths = ["layers/1/experts/2.safetensors", "config.json", "model.safetensors.index.json", "source/headers/3.zst"]
+    good = tree(out)
+    for path in paths:
+        flip(out / path, 5)
+    damaged = tree(out)
+    states = set()
+    point = 1
+    while not repair_and_die(out, v2_folder, point):
+        after = {path: what for path, what in tree(out).items() if not path.endswith(".partial")}
+        assert all(what in (damaged[path], good[path]) for path, what in after.items())
+        assert after.keys() == damaged.keys()
+        whole = [path for path in paths if after[path] == good[path]]
+        states.add(tuple(whole))
+        for path in whole:
+            flip(out / path, 5)
+        point += 1
+    assert point > 20
+    assert states == {tuple(paths[:count]) for count in range(len(paths) + 1)}
+    assert tree(out) == good
 
 
 def test_a_full_disk_ends_it(
@@ -646,6 +696,164 @@ def test_a_header_of_another_form(resharded_copy: Path, v3_folder: Path, tmp_pat
         mend(resharded_copy, v3_folder)
     mend(resharded_copy, tmp_path / "other")
     assert tree(resharded_copy) == good
+    flip(path, 100)
+    mend(resharded_copy, pack(tmp_path / "other"))
+    assert tree(resharded_copy) == good
+
+
+# Packed files.
+
+
+def pack(folder: Path) -> Path:
+    with quiet(0, label="") as progress:
+        packing.pack(folder, jobs=2, progress=progress)
+    return folder
+
+
+@pytest.fixture
+def packed(resharded_copy: Path) -> Path:
+    """A packed checkpoint, to be damaged."""
+    return pack(resharded_copy)
+
+
+@pytest.fixture(params=["shards", "plain copy", "packed copy", "copy packed in another way"])
+def any_source(
+    request: pytest.FixtureRequest,
+    v3_folder: Path,
+    v3_resharded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    if request.param == "shards":
+        return v3_folder
+    if request.param == "plain copy":
+        return v3_resharded
+    with monkeypatch.context() as patch:
+        if request.param != "packed copy":
+            patch.setattr(archive, "EXPERT_LEVEL", 12)
+        return pack(shutil.copytree(v3_resharded, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("how", ["first byte", "last byte", "cut in the middle", "grown", "gone"])
+def test_a_packed_checkpoint(
+    packed: Path, any_source: Path, tree: Tree, tmp_path: Path, v3_resharded: Path, how: str
+) -> None:
+    good = tree(packed)
+    paths = [DENSE, f"{EXPERT}.zst", "config.json", "model.safetensors.index.json"]
+    for path in paths:
+        HOW[how](packed / path)
+    expert = next(file for file in manifests.load(packed).files if file.path == f"{EXPERT}.zst")
+    done = mend(packed, any_source)
+    assert [one.path for one in done] == paths
+    is_copied = (any_source / "manifest.json").exists() and expert in manifests.load(any_source).files
+    assert done[1].taken_bytes == (expert.size if is_copied else expert.unpacked_size - expert.header_size)
+    assert tree(packed) == good
+    with quiet(0, label="") as progress:
+        packing.unpack(packed, jobs=2, progress=progress)
+    assert tree(packed) == tree(v3_resharded)
+
+
+def test_a_plain_checkpoint_with_a_packed_copy(
+    resharded_copy: Path, any_source: Path, v3_resharded: Path, tree: Tree
+) -> None:
+    tensors = file_of(resharded_copy, EXPERT).tensors
+    for number in (1, 4):
+        flip(resharded_copy / EXPERT, tensors[number].offset)
+    flip(resharded_copy / DENSE, 9000)
+    (resharded_copy / "layers/2/experts/04.safetensors").unlink()
+    assert mend(resharded_copy, any_source)[1] == Repaired(
+        path=EXPERT, tensors=(tensors[1].name, tensors[4].name), taken_bytes=tensors[1].size + tensors[4].size
+    )
+    assert tree(resharded_copy) == tree(v3_resharded)
+
+
+def test_an_expert_packed_by_another_version_of_zstd(
+    packed: Path, v3_folder: Path, v3_resharded: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = manifests.load(packed)
+    path = f"{EXPERT}.zst"
+    flip(packed / path, 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "EXPERT_LEVEL", 12)
+        assert [done.path for done in mend(packed, v3_folder)] == [path, "manifest.json"]
+    now = manifests.load(packed)
+    content = (packed / path).read_bytes()
+    assert [file for file in now.files if file not in before.files] == [
+        dataclasses.replace(
+            next(file for file in before.files if file.path == path),
+            size=len(content),
+            stored_sha256=hashlib.sha256(content).hexdigest(),
+        )
+    ]
+    assert dataclasses.replace(now, files=before.files) == before
+    assert is_whole(packed)
+    with quiet(0, label="") as progress:
+        packing.unpack(packed, jobs=2, progress=progress)
+    assert tree(packed) == tree(v3_resharded)
+
+
+def write_else(self: Writer, data: bytes | memoryview, offset: int, write: Any = Writer.write) -> None:
+    content = bytearray(data)
+    if len(content) > 1000:
+        content[900] ^= 1
+    write(self, bytes(content), offset)
+
+
+def pack_else(blocks: Iterable[memoryview], writer: Writer, *, size: int) -> None:
+    content = bytearray(b"".join(bytes(block) for block in blocks))
+    content[5000] ^= 1
+    archive.write_packed([memoryview(content)], writer, size=size)
+
+
+@pytest.mark.parametrize("what", ["the disk", "memory"])
+def test_what_is_packed_wrong(
+    packed: Path, v3_folder: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """With another version of zstd no digest is known before; a wrong one must not come into the manifest."""
+    flip(packed / f"{EXPERT}.zst", 50)
+    damaged = tree(packed)
+    monkeypatch.setattr(archive, "EXPERT_LEVEL", 12)
+    if what == "memory":
+        monkeypatch.setattr(rebuild, "write_packed", pack_else)
+    else:
+        monkeypatch.setattr(Writer, "write", write_else)
+    with pytest.raises(UnrepairedError, match=r"zst\.partial: "):
+        mend(packed, v3_folder)
+    assert tree(packed) == damaged
+
+
+def test_wrong_bytes_are_not_packed(packed: Path, v3_copy: Path, v3_resharded: Path, tree: Tree) -> None:
+    tensor = next(file for file in manifests.load(packed).files if file.path == f"{EXPERT}.zst").tensors[2]
+    location = manifests.open(v3_copy).find(tensor.name)
+    assert location is not None
+    flip(location.path, location.offset + 7)
+    good = tree(packed)
+    flip(packed / f"{EXPERT}.zst", 50)
+    damaged = tree(packed)
+    with pytest.raises(UnrepairedError, match="stays damaged") as caught:
+        mend(packed, v3_copy)
+    assert str(location.path) in caught.value.failures[0]
+    assert tensor.name in caught.value.failures[0]
+    assert tree(packed) == damaged
+    mend(packed, v3_resharded)
+    assert tree(packed) == good
+
+
+def test_a_packed_copy_that_is_damaged_too(
+    packed: Path, resharded_copy: Path, v3_resharded: Path, tree: Tree, tmp_path: Path
+) -> None:
+    """The packed form of one, and the plain form of another."""
+    plain = shutil.copytree(v3_resharded, tmp_path / "plain")
+    other = shutil.copytree(packed, tmp_path / "other")
+    for folder, path in ((packed, f"{EXPERT}.zst"), (other, f"{EXPERT}.zst"), (plain, EXPERT)):
+        flip(folder / path, 5000)
+    for folder in (packed, plain):
+        damaged = tree(folder)
+        with pytest.raises(UnrepairedError) as caught:
+            mend(folder, other)
+        assert EXPERT in caught.value.failures[0]
+        assert str(other / f"{EXPERT}.zst") in caught.value.failures[0]
+        assert tree(folder) == damaged
 
 
 # The manifest.
@@ -739,7 +947,7 @@ def test_an_unfinished_folder(resharded_copy: Path, source: Path, tree: Tree, na
     assert tree(resharded_copy) == before
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -113,7 +113,9 @@ def test_the_manifest_comes_last_and_on_top_of_what_is_durable(
     files = {str(path) for path in out.rglob("*") if path.is_file()}
     folders = {str(path) for path in out.rglob("*") if path.is_dir()} | {str(out)}
     renames = [path for what, path in done if what == "rename"]
-    assert sorted(renames) == sorted(files)
+    # The journal has its name first, and is gone in the end.
+    assert renames[0] == str(out / "reshard-journal.jsonl")
+    assert sorted(renames[1:]) == sorted(files)
     assert renames[-1] == str(out / "manifest.json")
     for path in files:
         # Its bytes are durable before it has a name.
@@ -191,7 +193,7 @@ def test_no_room_for_the_manifest_itself(
     v2_folder: Path, v2_resharded: Path, tmp_path: Path, program: Program, monkeypatch: Any, tree: Tree,
     undone_or_continued: Callable[..., bool],
 ) -> None:  # fmt: skip
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(run_module, "save", full)
@@ -210,7 +212,7 @@ def test_a_bug_before_the_manifest_is_gone_on_from(
     class Bug(Exception):
         pass
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         assert any((tmp_path / "empty").rglob("*.safetensors"))
         raise Bug
 
@@ -260,7 +262,7 @@ def test_a_real_limit_on_file_size(v3_folder: Path, tmp_path: Path, tree: Tree) 
     before = tree(tmp_path)
     command = [sys.executable, "-c", LIMITED, "run", str(v3_folder), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (15, "", 1)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (15, "", 1), result.stderr
     assert "no space left" in result.stderr
     assert tree(tmp_path) == before
 
@@ -374,8 +376,10 @@ def test_an_interrupt_in_mid_run(
     seen: list[bool] = []
     out = tmp_path / "out"
     code, err = stop_in_mid_run(["run", v3_folder, out], number, then=lambda: seen.append(any(out.rglob("*.partial"))))
-    assert (code, err) == (130, "\nreshard: interrupted\n")
     assert seen == [True]
+    says = "the same command goes on from the last finished shard, --discard starts again"
+    hint = f"{out}: {says}\n" if (out / "reshard-journal.jsonl").exists() else ""
+    assert (code, err) == (130, f"{hint}\nreshard: interrupted\n")
     undone_or_continued(out, {}, lambda: program("reshard", "run", v3_folder, out), tree(v3_resharded))
 
 
