@@ -105,8 +105,8 @@ def unpack_blocks(path: Path, *, size: int, stored: "_Hash | None" = None) -> It
                     raise IntegrityError(f"{path}: its zstd frame ends {size} bytes before the size in the manifest")
                 yield buffer[:count]
                 size -= count
-            # The checksum stands behind the last byte, and is looked at only when one more is asked for. So is the end
-            # of the file: nothing but the frame may be there.
+            # The checksum behind the last byte may be looked at only when one more is asked for; and nothing but the
+            # frame may be there.
             if stream.readinto(bytearray(1)):
                 raise IntegrityError(f"{path}: unpacks to more bytes than the manifest says")
         except zstandard.ZstdError as error:

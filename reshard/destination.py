@@ -144,12 +144,15 @@ def hold_folder(destination: Path) -> Iterator[Hold]:
 def empty_folder(folder: Path) -> None:
     """Remove all that is in a folder, as far as the disk lets us."""
     with suppress(OSError):
-        # The journal last: who is killed here can start again here.
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == JOURNAL_NAME):
+        others = [entry for entry in folder.iterdir() if entry.name != JOURNAL_NAME]
+        for entry in others:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink()
+        # The journal last, and only when all else is gone: without it nobody could go on from what stays.
+        if not any(entry.name != JOURNAL_NAME for entry in folder.iterdir()):
+            (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def _remove_folders(folders: Iterable[Path]) -> None:

@@ -71,6 +71,16 @@ def test_a_cut_frame(v2_packed: Path, v2_resharded: Path, tmp_path: Path) -> Non
             list(archive.unpack_blocks(tmp_path / "x", size=(v2_resharded / EXPERT).stat().st_size))
 
 
+def test_a_wrong_checksum_that_is_read_by_itself(
+    v2_packed: Path, v2_resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = (v2_packed / f"{EXPERT}.zst").read_bytes()
+    (tmp_path / "x").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", len(raw) - 4)
+    with pytest.raises(IntegrityError, match=r"x: damaged zstd frame: .*checksum"):
+        list(archive.unpack_blocks(tmp_path / "x", size=(v2_resharded / EXPERT).stat().st_size))
+
+
 @pytest.mark.parametrize("tail", [b"x", bytes(30_000_000), zstandard.compress(b"more")])
 def test_bytes_behind_the_frame(v2_packed: Path, v2_resharded: Path, tmp_path: Path, tail: bytes) -> None:
     """They are not covered by its checksum, and the file would not be the one that packing gives."""
