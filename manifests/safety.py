@@ -7,7 +7,6 @@ from pathlib import Path, PureWindowsPath
 
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 
-
 NOT_FOUND = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path that leads nowhere."""
 

@@ -20,8 +20,8 @@ from reshard.blocks import BLOCK_BYTES, PageWriter, Reader, Writer, aligned_buff
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-LEVEL = 19
-"""Headers are a few megabytes in all and shrink twentyfold; time does not matter here."""
+LEVEL = 9
+"""Of saved headers. Level 19 saves 340 kB in all of DeepSeek-V3's, and takes 9 s and 88 MB of memory more."""
 
 MAX_UNPACKED_BYTES = LENGTH_BYTES + MAX_HEADER_BYTES
 

@@ -18,7 +18,7 @@ from manifests.paths import MANIFEST_NAME
 from manifests.schema import Document, FileEntry
 from manifests.storage import MAX_MANIFEST_BYTES, load, save
 from reshard.blocks import write_error
-from reshard.destination import check_room
+from reshard.destination import check_room, sync_folders
 from reshard.lock import lock_folder
 from reshard.progress import Progress
 from reshard.rebuild import Rebuilder, Repaired
@@ -82,6 +82,8 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
 
     with lock_folder(folder):
         check_finished(folder)
+        # What an interrupted repair renamed may be in memory only, and would be found right.
+        sync_folders(folder)
         repaired = []
         try:
             checkpoint = Checkpoint(folder, load(folder))

@@ -99,7 +99,7 @@ def test_ls_json_gives_every_byte(
                 "end": "int",
                 "file": "str",
                 "codec": "str",
-            }  # fmt: skip
+            }
         ]
         assert len(rows) == len(v3_bytes)
         for row in rows:

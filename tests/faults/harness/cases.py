@@ -70,7 +70,7 @@ def judge(stage: Stage, faults: str, *, readers: bool = False) -> Verdict:
             # A part of the source is only here: starting again would lose it.
             wrong = no_sentence(ended) or _wrong_tree(stage, ended)
         else:
-            wrong = _wrong_end(ended, fault) or _wrong_tree(stage, ended)
+            wrong = _wrong_end(ended, fault, stage.scenario.failed_codes) or _wrong_tree(stage, ended)
         if ended.code == 0 and not wrong:
             wrong = _wrong_success(stage, ended)
         if wrong:
@@ -113,13 +113,13 @@ def _has_fired(fault: Fault, ended: Ended) -> bool:
     return any(fault.dies(step) or fault.fails(step) or fault.is_short(step) for step in ended.steps)
 
 
-def _wrong_end(ended: Ended, fault: Fault) -> str:
+def _wrong_end(ended: Ended, fault: Fault, failed_codes: tuple[int, ...]) -> str:
     """What is wrong with how a disturbed command ended."""
     if ended.code == KILLED:
         return "" if any(map(fault.dies, ended.steps)) else "killed by nobody"
     if ended.code == 0:
         return ""
-    allowed = CODES.get(fault.code, {1}) if isinstance(fault, Fail) else set()
+    allowed = {*CODES.get(fault.code, {1}), *failed_codes} if isinstance(fault, Fail) else set()
     if ended.code not in allowed:
         wanted = " or ".join(map(str, sorted({0, *allowed})))
         return f"ends with {ended.code}, not {wanted}: {ended.err.strip()}"

@@ -36,6 +36,7 @@ class Scenario:
         before: Commands that make the folders it starts from, out of a source.
         change: What is then done to the folders by hand.
         intact: Folders that may not change at any time.
+        failed_codes: Exit codes that a failing disk may lead to besides its own.
         done_codes: Exit codes of the same command when all is done already and nothing is left to say so.
         reader: What a reader is asked to open while the command is under way; None when there is no such folder.
         direct: Whether O_DIRECT can be had.
@@ -47,6 +48,7 @@ class Scenario:
     before: tuple[Command, ...] = ()
     change: Callable[[Path], None] | None = None
     intact: tuple[str, ...] = ()
+    failed_codes: tuple[int, ...] = ()
     done_codes: tuple[int, ...] = (0,)
     reader: str | None = "dst"
     direct: bool = True
@@ -104,6 +106,7 @@ SCENARIOS = {
         Scenario(
             name="repair",
             command=("reshard", "repair", "dst", "--from", "src", "-q"),
+            failed_codes=(13,),  # it goes on with the other files, and ends with: something is damaged still
             before=(RUN,),
             change=_damage,
             intact=("src",),
