@@ -263,10 +263,7 @@ def check_finished(folder: Path) -> None:
         IncompleteError: With what finishes it.
     """
     if (folder / JOURNAL_NAME).exists():
-        raise IncompleteError(
-            f"{folder}: is not finished; the same `reshard` command that began it goes on with it, --discard starts "
-            "again"
-        )
+        raise IncompleteError(f"{folder}: is not finished; the same `reshard` command that began it goes on with it")
     if (folder / ASIDE_NAME).exists():
         raise IncompleteError(
             f"{folder}: is being taken apart by `reshard restore --consume`; the same command goes on with it"

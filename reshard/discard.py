@@ -35,6 +35,10 @@ def discard(source: Path, destination: Path) -> None:
         return
     with lock_folder(destination):
         begin = read_begin(destination)
+        if begin.get("task") not in ("run", "restore"):
+            raise ToolkitError(
+                f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
+            )
         if _may_have_freed(destination):
             _require_whole(source, destination, begin)
         kept = _manifest_before(destination, begin.get("widens"))

@@ -394,5 +394,7 @@ def _clean_up(destination: Path) -> None:
     """Behind the new manifest: the old one and the journal go."""
     sync_folder(destination)
     (destination / ASIDE_NAME).unlink(missing_ok=True)
+    # In between as well: without a journal nothing would ever remove the one that stepped aside.
+    sync_folder(destination)
     (destination / JOURNAL_NAME).unlink(missing_ok=True)
     sync_folder(destination)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from reshard import cli_options
+from reshard.journal import Journal
 
 Tree = Callable[[Path], dict[str, str]]
 Program = Callable[..., Any]
@@ -168,3 +169,16 @@ def test_a_codec_is_a_packing_behind_the_run(v3_folder: Path, tmp_path: Path, pr
     assert program("reshard", "run", v3_folder, part, "--layers", "1", "--codec", "zstd", "-q").code == 0
     result = program("reshard", "run", v3_folder, part, "--layers", "2", "-q")
     assert (result.code, "unpack" in result.err) == (1, True)
+
+
+@pytest.mark.parametrize("task", ["pack", "unpack"])
+def test_what_packing_left_is_never_discarded(
+    task: str, v3_resharded: Path, tmp_path: Path, program: Program, tree: Tree
+) -> None:
+    """In that folder may be the only copy."""
+    copy = shutil.copytree(v3_resharded, tmp_path / "copy")
+    Journal.create(copy, {"task": task, "manifest": "0" * 64}).close()
+    before = tree(copy)
+    result = program("reshard", "restore", v3_resharded, copy, "--discard")
+    assert (result.code, f"`reshard {task}` was interrupted here" in result.err) == (1, True)
+    assert tree(copy) == before
