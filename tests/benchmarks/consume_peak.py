@@ -36,8 +36,10 @@ class Peak:
 
     def __init__(self, folders: list[Path]) -> None:
         self._folders = folders
+        # The disk is asked about above them: a restore removes what it has used up, folder and all.
+        self._disk = folders[0].parent
         self._start = allocated_bytes(*folders)
-        self._free = shutil.disk_usage(folders[0]).free
+        self._free = shutil.disk_usage(self._disk).free
         self._stop = threading.Event()
         self.extra = 0
         self.used = 0
@@ -56,7 +58,7 @@ class Peak:
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
-            self.used = max(self.used, self._free - shutil.disk_usage(self._folders[0]).free)
+            self.used = max(self.used, self._free - shutil.disk_usage(self._disk).free)
             self.extra = max(self.extra, allocated_bytes(*self._folders) - self._start)
             self.looks += 1
 

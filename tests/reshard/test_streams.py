@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,33 @@ def test_a_failure_anywhere_ends_everything(
     with pytest.raises(error), Progress(0, label="", quiet=True) as progress:
         pump(pieces, whole=whole, digests=True, ring=ring, progress=progress, stop=stop)
     writer.abandon()
+
+
+def test_a_failure_is_soon_the_end(source: Path, tmp_path: Path, direct: Any, ring: Ring) -> None:
+    """The rest of a shard of gigabytes is not read for nothing."""
+    source.write_bytes(bytes(200 * PAGE))
+    with pytest.raises(Trouble):
+        flow([Piece(path=source, offset=0, size=200 * PAGE, target=Target(open=fail, offset=0))], ring)
+    assert len(direct.moved) <= 2 * RING  # of 100 blocks
+
+
+def test_a_piece_is_said_to_be_written_soon(source: Path, tmp_path: Path, ring: Ring) -> None:
+    """So that its file can be finished while the stream goes on."""
+    raw = random.Random(0).randbytes(60 * PAGE)
+    source.write_bytes(raw)
+    outputs = [Output(tmp_path / f"out{number}", 3 * PAGE) for number in range(20)]
+
+    def opened(number: int) -> Writer:
+        assert all(output.written for output in outputs[: max(0, number - 4)])
+        return outputs[number].open()
+
+    pieces = []
+    for number, output in enumerate(outputs):
+        made = output.target(0, raw[number * 3 * PAGE : (number + 1) * 3 * PAGE])
+        target = Target(open=partial(opened, number), offset=0, written=made.written)
+        pieces.append(Piece(path=source, offset=number * 3 * PAGE, size=3 * PAGE, target=target))
+    flow(pieces, ring)
+    assert [output.finish() for output in outputs] == [bytes(output.expected) for output in outputs]
 
 
 def test_the_first_failure_is_told(source: Path, ring: Ring) -> None:
