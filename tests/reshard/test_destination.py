@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,9 +86,25 @@ def test_the_journal_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("a", "reshard-journal.jsonl", "z", "m"):
         (tmp_path / name).touch()
     gone: list[str] = []
-    monkeypatch.setattr(Path, "unlink", lambda path: gone.append(path.name))
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        gone.append(path.name)
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
     empty_folder(tmp_path)
     assert (sorted(gone[:-1]), gone[-1]) == (["a", "m", "z"], "reshard-journal.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_journal_stays_with_what_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the folder would be nobody's, and no command would go on from it."""
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "reshard-journal.jsonl").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    empty_folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"layers", "reshard-journal.jsonl"}
 
 
 def test_folders_above_that_got_other_content_stay(tmp_path: Path, tree: Tree) -> None:
