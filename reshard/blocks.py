@@ -5,6 +5,7 @@ cache evicted, and no flood of dirty pages at the end. Everything else is buffer
 that do not fill a page. Holes of a sparse file are found by asking for them and are not read.
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -16,8 +17,11 @@ from pathlib import Path
 from manifests.errors import IntegrityError, ResourceError, ToolkitError
 from manifests.paths import TEMP_SUFFIX
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """What is read and written at once; larger gains nothing, smaller loses to the latency of each request."""
+
+WRITES_AT_ONCE = 3
+"""Of one stream: with one, the disk has nothing to write between the end of a write and the begin of the next."""
 
 ALIGN_BYTES = max(4096, mmap.PAGESIZE)
 """O_DIRECT wants offsets, lengths and memory in whole pages; and no page may be written in both ways."""
@@ -35,7 +39,8 @@ def new_block() -> memoryview:
 
 def aligned_buffer(size: int) -> memoryview:
     """Page-aligned memory for O_DIRECT, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, size)
+    # Private: shared memory, which is the default, gets no huge pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
@@ -261,13 +266,13 @@ class PageWriter:
         """Begin with nothing.
 
         Args:
-            later: Makes each write, in order, while the next bytes are collected; at once when it is not given.
+            later: Makes each write, in any order, while the next bytes are collected; at once when it is not given.
         """
         self._later = later or _at_once
-        # Two, so that one is filled while the other is written. Made when they are needed: a stream of small tensors
+        # So that one is filled while the others are written. Made when they are needed: a stream of small tensors
         # needs little of them.
         self._spare: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._unmade = 2
+        self._unmade = WRITES_AT_ONCE + 1
         self._buffer = memoryview(b"")
         self._writer: Writer | None = None
         # The buffer holds bytes begin to end of the file; its first byte stands for the page that holds begin.
@@ -285,7 +290,7 @@ class PageWriter:
             base = self._begin - self._begin % ALIGN_BYTES
             at = self._end - base
             count = min(len(data), len(self._buffer) - at)
-            self._buffer[at : at + count] = data[:count]
+            _copy(data[:count], self._buffer[at : at + count])
             self._end += count
             data = data[count:]
             if self._end - base == len(self._buffer):
@@ -314,6 +319,19 @@ class PageWriter:
                 self._spare.put(buffer)
 
         self._later(write)
+
+
+def _copy(data: memoryview, target: memoryview) -> None:
+    """Copy bytes, and let the other threads go on meanwhile, which an assignment of slices does not."""
+    if data.readonly:
+        # The zeros of a hole, and what the compressor makes: Python gives no address for them.
+        target[:] = data
+    elif data:
+        ctypes.memmove(_address(target), _address(data), len(data))
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _at_once(call: Callable[[], None]) -> None:

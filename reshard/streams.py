@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from manifests.digest import TensorHasher
 from reshard.archive import UnpackingReader
-from reshard.blocks import PageWriter, Reader, Writer, new_block
+from reshard.blocks import WRITES_AT_ONCE, PageWriter, Reader, Writer, new_block
 from reshard.callqueue import CallQueue
 from reshard.progress import Progress
 from reshard.workers import StopFlag
@@ -27,7 +27,7 @@ from reshard.workers import StopFlag
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-RING_BLOCKS = 8
+RING_BLOCKS = 16
 """Blocks of all streams together: enough that reader and writer never wait for each other's pauses."""
 
 _NOTHING = memoryview(b"")
@@ -168,7 +168,7 @@ def pump(
         line.add(lambda block: whole.update(block.data))
     if digests:
         line.add(_digester(pieces, found))
-    calls = CallQueue()
+    calls = CallQueue(WRITES_AT_ONCE)
     if any(piece.target is not None for piece in pieces):
         writing = _Writing(pieces, calls)
         line.add(writing.take, writing.finish)
@@ -302,7 +302,7 @@ class _Writing:
         self._pages.flush()
         held, self._held = self._held, []
         for written in held:
-            self._calls.add(written)
+            self._calls.add_behind(written)
 
     def finish(self) -> None:
         """Write what is held, and wait until all is written."""

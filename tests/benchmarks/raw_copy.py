@@ -51,7 +51,7 @@ def copy(pairs: Sequence[tuple[Path, Path]]) -> None:
 
 def ring(count: int, size: int) -> list[memoryview]:
     """Page-aligned blocks in huge pages, touched, so that no page is given by the host while time is taken."""
-    memory = mmap.mmap(-1, count * size)
+    memory = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     for offset in range(0, count * size, PAGE_BYTES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -214,6 +215,33 @@ def test_two_threads_open_one_descriptor(
     writer.finish()
     assert len(direct.opened) == 1
     assert direct.descriptors == set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel does not list a process's memory here")
+def test_blocks_are_private_memory_because_shared_memory_gets_no_huge_pages() -> None:
+    block = blocks.new_block()
+    block[0] = 1
+    address = blocks._address(block)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if begin <= address < end:
+            assert line.split()[1] == "rw-p"
+            return
+    raise AssertionError("the block is in no mapping")
+
+
+def test_other_threads_go_on_while_a_block_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = memoryview(bytearray(b"x" * 100)), memoryview(bytearray(100))
+    moved = []
+    real = ctypes.memmove
+    monkeypatch.setattr(ctypes, "memmove", lambda *arguments: moved.append(arguments[2]) or real(*arguments))
+    blocks._copy(source[10:60], target[20:70])
+    assert bytes(target) == bytes(20) + b"x" * 50 + bytes(30)
+    # ctypes gives up the interpreter's lock for the call, an assignment of slices does not.
+    assert moved == [50]
+    blocks._copy(memoryview(b"abc"), target[:3])
+    blocks._copy(source[:0], target[:0])
+    assert bytes(target[:20]) == b"abc" + bytes(17)
 
 
 OPERATIONS = st.lists(

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -366,7 +367,11 @@ def test_a_piece_is_said_to_be_written_soon(source: Path, tmp_path: Path, ring: 
     outputs = [Output(tmp_path / f"out{number}", 3 * PAGE) for number in range(20)]
 
     def opened(number: int) -> Writer:
-        assert all(output.written for output in outputs[: max(0, number - 4)])
+        # The one before is still collected; all others are under way, and nothing else is needed to complete them.
+        deadline = time.monotonic() + 10
+        while not all(output.written for output in outputs[: max(0, number - 1)]):
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
         return outputs[number].open()
 
     pieces = []
