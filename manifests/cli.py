@@ -156,7 +156,8 @@ def check(path: str, as_json: bool) -> None:
 def diff_command(a: str, b: str, as_json: bool) -> None:
     """Compare two checkpoints by content. Exit 0 when they are equal, 1 when they differ.
 
-    A plain folder has no digests: its tensors are compared by name, dtype and shape only, and this is said.
+    A plain folder has no digests: its tensors are compared by name, dtype and shape only, and this is said. In JSON
+    `equal` is then null, unless something differs.
 
     \b
     Example:
@@ -166,7 +167,8 @@ def diff_command(a: str, b: str, as_json: bool) -> None:
     real = [difference for difference in differences if difference.kind != "undecided"]
     undecided = sum(1 for d in differences if d.kind == "undecided" and d.what == "tensor")
     if as_json:
-        print_json({"equal": not real, "undecided": undecided, "differences": [dataclasses.asdict(d) for d in real]})
+        equal = False if real else None if undecided else True
+        print_json({"equal": equal, "undecided": undecided, "differences": [dataclasses.asdict(d) for d in real]})
     else:
         for difference in real:
             click.echo(

@@ -99,8 +99,8 @@ def run(
     """
     events = EventStream(enabled=as_json)
     interrupted = interrupted_task(dst)
-    if interrupted is not None:
-        # All is there, but for what became of it later.
+    if interrupted is not None and not (dry_run or discard or layers or experts) and src.is_dir():
+        # All is there, but for what became of it later. Whoever asks for anything else is told to finish that first.
         pack_folder(dst, events, interrupted if codec is None else "pack", quiet=quiet)
         return
     if discard and not dry_run:
@@ -127,7 +127,7 @@ def run(
         )
         for remark in remarks:
             progress.event("remark", message=remark)
-        with continuable(dst):
+        with continuable(dst, consume=consume):
             outcome = reshard_checkpoint(
                 source,
                 planned,
@@ -166,6 +166,9 @@ def run(
     if not quiet:
         for remark in remarks:
             click.echo(f"note: {remark}", err=True)
+        if consume and any((src / shard).exists() for shard in source.shards):
+            why = f"{printable(str(dst))} was complete before; prove it, and delete {printable(str(src))} yourself"
+            click.echo(f"note: nothing was freed, for {why}", err=True)
         if planned.selection.is_everything:
             path = printable(shlex.quote(str(dst)))
             click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
@@ -178,7 +181,7 @@ def _measure(source: SourceCheckpoint, planned: Plan) -> float | None:
     """
     sample_bytes = planned.payload_bytes // SAMPLE_SHARE
     largest = largest_shard(source)
-    if largest is None or sample_bytes < 4 * BLOCK_BYTES or hole_bytes(source):
+    if largest is None or sample_bytes < 8 * BLOCK_BYTES or hole_bytes(source):
         return None
     return measure_read_rate(largest, sample_bytes=sample_bytes)
 

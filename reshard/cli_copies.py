@@ -1,6 +1,7 @@
 """What is done with a resharded checkpoint: verify it, repair it, restore its source."""
 
 import dataclasses
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from reshard.cli_options import (
 )
 from reshard.repair import UnrepairedError
 from reshard.saved import require_source
+from reshard.verify import Damage
 from reshard.workers import DEFAULT_JOBS
 
 EXIT_DAMAGED = IntegrityError.exit_code
+SHOWN_NAMES = 5
 
 
 @click.command()
@@ -54,19 +57,35 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
     events = EventStream(enabled=as_json)
     with events.show_progress(total, label="verify", quiet=quiet) as progress:
         progress.event("begin", command="verify", path=str(dst), total_bytes=total)
-        findings = verifying.verify(checkpoint, jobs=jobs, progress=progress)
+        own = verifying.verify(checkpoint, jobs=jobs, progress=progress)
+        findings = list(own)
         if against is not None:
             findings += verifying.verify_against(checkpoint, against, jobs=jobs, progress=progress)
+    unnamed = verifying.find_unnamed(checkpoint)
     if as_json:
-        events.end({"path": str(dst), "ok": not findings, "damage": [dataclasses.asdict(f) for f in findings]})
+        damage = [dataclasses.asdict(finding) for finding in findings]
+        events.end({"path": str(dst), "ok": not findings, "damage": damage, "unnamed": unnamed})
     else:
         for finding in findings:
             tensor = f" tensor {finding.tensor}" if finding.tensor else ""
             click.echo(printable(f"{finding.path}:{tensor} bytes {finding.begin}-{finding.end}: {finding.message}"))
         if not findings:
             click.echo(f"{printable(str(dst))}: {format_bytes(progress.bytes)} read, every digest is right")
+        if not quiet:
+            _advise(dst, own, unnamed)
     if findings:
         raise click.exceptions.Exit(EXIT_DAMAGED)
+
+
+def _advise(dst: Path, findings: list[Damage], unnamed: list[str]) -> None:
+    """What is no damage but worth knowing, and what to do about what is."""
+    if unnamed:
+        shown = ", ".join(unnamed[:SHOWN_NAMES]) + (", ..." if len(unnamed) > SHOWN_NAMES else "")
+        what = "1 file is" if len(unnamed) == 1 else f"{len(unnamed)} files are"
+        click.echo(f"note: {what} in the folder and not in the manifest: {printable(shown)}", err=True)
+    if findings:
+        command = f"reshard repair {shlex.quote(str(dst))} --from SRC"
+        click.echo(f"next: {printable(command)}   takes what is damaged from the shards or another copy", err=True)
 
 
 @click.command()
@@ -158,7 +177,7 @@ def restore(
         if out is None:
             restored = restoring.check(checkpoint, jobs=jobs or DEFAULT_JOBS, progress=progress)
         else:
-            with continuable(out):
+            with continuable(out, consume=consume):
                 restored = restoring.restore(
                     checkpoint,
                     out,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from manifests.console import printable
+from manifests.errors import ToolkitError
 from manifests.paths import JOURNAL_NAME
 from reshard.workers import DEFAULT_JOBS, STREAM_JOBS
 
@@ -83,14 +84,15 @@ def confirm_consume(folder: Path, *, yes: bool) -> None:
 
     Raises:
         click.UsageError: Nobody is there to answer.
-        click.Abort: They may not.
+        ToolkitError: They may not.
     """
     if yes:
         return
     if not sys.stdin.isatty():
         raise click.UsageError(f"--consume deletes the files of {folder} as it goes: give --yes as well")
     text = f"The files of {printable(str(folder))} will be deleted one by one, as soon as their bytes are safe. Go on?"
-    click.confirm(text, abort=True, err=True)
+    if not click.confirm(text, err=True):
+        raise ToolkitError("nothing was done; leave out --consume to keep the files")
 
 
 def continue_options(function: F) -> F:
@@ -104,16 +106,15 @@ def continue_options(function: F) -> F:
 
 
 @contextmanager
-def continuable(folder: Path) -> Iterator[None]:
-    """Whoever stops a run is told that it can go on."""
+def continuable(folder: Path, *, consume: bool) -> Iterator[None]:
+    """Whoever stops a run is told that it can go on, and start again unless it may have used up its source."""
     try:
         yield
     except KeyboardInterrupt:
         if (folder / JOURNAL_NAME).exists():
+            other = "" if consume else ", --discard starts again"
             click.echo(
-                f"{printable(str(folder))}: the same command goes on from the last finished shard, "
-                "--discard starts again",
-                err=True,
+                f"{printable(str(folder))}: the same command goes on from the last finished shard{other}", err=True
             )
         raise
 

@@ -17,13 +17,16 @@ from reshard.filesystem import existing_folder
 from reshard.plan import Plan
 
 
-def check_consumable(root: Path, names: Iterable[str]) -> None:
+def check_consumable(root: Path, names: Collection[str]) -> None:
     """Refuse files that are not this folder's alone: freeing them would free nothing, or take them from others.
 
     Raises:
-        ToolkitError: A file is a link, lies behind one, or has a second name.
+        ToolkitError: A file is a link, lies behind one, or has a second name; or nothing can be removed here.
     """
     real_root = Path(os.path.realpath(root))
+    for folder in sorted({(root / name).parent for name in names}):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ToolkitError(f"{folder}: no file can be removed from it, which --consume would do; run without it")
     for name in names:
         path = root / name
         if Path(os.path.realpath(path)) != real_root / name:

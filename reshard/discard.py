@@ -1,6 +1,6 @@
-"""Starting again: what an interrupted run or restore left is removed, and nothing else.
+"""Starting again: what an interrupted run or restore left is removed. A folder that it made is emptied.
 
-Refuses when the run has used up a part of its source: then what is here is the only copy.
+Refuses when a part of the source is not there, be it used up or elsewhere: then what is here may be the only copy.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.digest import sha256_hex
-from manifests.errors import ToolkitError
+from manifests.errors import SourceNotFoundError, ToolkitError
 from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX, parse_path
 from manifests.schema import Manifest
 from manifests.storage import decode, sync_folder
@@ -30,6 +30,7 @@ def discard(source: Path, destination: Path) -> None:
     Raises:
         LockedError: The command is still running.
         ToolkitError: A part of the source exists only here.
+        SourceNotFoundError: A part of the source is not where it is said to be.
     """
     if not (destination / JOURNAL_NAME).exists():
         return
@@ -39,8 +40,7 @@ def discard(source: Path, destination: Path) -> None:
             raise ToolkitError(
                 f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
             )
-        if _may_have_freed(destination):
-            _require_whole(source, destination, begin)
+        _require_whole(source, destination, begin, may_have_freed=_may_have_freed(destination))
         kept = _manifest_before(destination, begin.get("widens"))
         if kept is None:
             empty_folder(destination)
@@ -56,8 +56,11 @@ def _may_have_freed(destination: Path) -> bool:
     return contents is not None and is_consuming(contents)
 
 
-def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any]) -> None:
-    """Refuse when a file of the source is gone, or when this is not the source: another model's have the same names."""
+def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any], *, may_have_freed: bool) -> None:
+    """Refuse when a file of the source is gone.
+
+    Where it may have been freed, refuse too when this is not the source: another model's have the same names.
+    """
     if begin.get("task") == "restore":
         manifest = source / MANIFEST_NAME
         gone = [] if manifest.exists() else [MANIFEST_NAME]
@@ -67,12 +70,17 @@ def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any]) ->
         shards = {shard["name"]: (shard["size"], shard["mtime_ns"]) for shard in begin["shards"]}
         gone = [name for name in shards if not (source / name).exists()]
         others = [name for name in shards if name not in gone and _stamp(source / name) != shards[name]]
+    if gone and not may_have_freed:
+        raise SourceNotFoundError(
+            f"{source}: has no {gone[0]}, from which {destination} was being made, so it could not be made again; "
+            "nothing was discarded"
+        )
     if gone:
         raise ToolkitError(
             f"{destination}: --consume may have freed {gone[0]} of {source}, whose bytes are then only here; give the "
             "same command without --discard to finish it"
         )
-    if others:
+    if others and may_have_freed:
         raise ToolkitError(
             f"{source / others[0]}: is not the file that was read into {destination}, which --consume may have freed; "
             f"give its folder, or delete {destination} yourself if nothing in it is needed"

@@ -19,7 +19,7 @@ WRITE_SECONDS = 0.7
 HASH_SECONDS = 0.15
 FSYNCS = 9
 
-SYNC_BLOCKS = 4
+SYNC_BLOCKS = 8
 """Blocks between two fsyncs of the write test, about one expert's: without them a cache would be measured."""
 
 

@@ -278,9 +278,7 @@ class _Examination:
                 raise
             self._add("consume", "note", f"--consume is not possible: {error}")
             return True
-        if not os.access(source.root, os.W_OK):
-            self._add("consume", "note", f"--consume is not possible: files in {source.root} cannot be removed")
-        elif not same_disk(source.root, self._destination):
+        if not same_disk(source.root, self._destination):
             self._add("consume", "note", "--consume would gain nothing: the source is on another file system")
         else:
             peak = self._facts.consume_peak_bytes = consume_peak_bytes(source, plan)

@@ -16,7 +16,7 @@ from typing import Any
 from manifests.digest import sha256_hex
 from manifests.errors import IntegrityError, ManifestError
 from manifests.jsontext import parse_json
-from manifests.paths import JOURNAL_NAME, MANIFEST_NAME
+from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.storage import sync_folder, write_atomic
 from reshard.blocks import write_error
 
@@ -172,6 +172,16 @@ def is_consuming(contents: JournalContents) -> bool:
 def is_digest(value: object) -> bool:
     """Whether a value has the form of a sha256: a journal's check proves that it is whole, not who wrote it."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def end_journal(folder: Path) -> None:
+    """Behind a new manifest, which must be durable: the one that it replaced goes, and then the journal.
+
+    In this order, each step durable: without a journal nobody would look for what stepped aside.
+    """
+    for name in (ASIDE_NAME, JOURNAL_NAME):
+        (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 def _first_line_damaged(folder: Path) -> IntegrityError:

@@ -24,7 +24,7 @@ from reshard.blocks import temporary_path
 from reshard.destination import check_room, hold_folder, sync_folders
 from reshard.documents import write_index
 from reshard.forms import find_fault, make_other, other_entry, other_path, prove_other
-from reshard.journal import Journal, JournalContents, read_begin, read_journal
+from reshard.journal import Journal, JournalContents, end_journal, read_begin, read_journal
 from reshard.progress import Progress
 from reshard.workers import StopFlag, run_all
 
@@ -201,7 +201,7 @@ class _Conversion:
             documents=tuple(sorted([*documents, index], key=lambda document: document.path)),
         )
         save(manifest, self._folder)
-        _clean_up(self._folder)
+        end_journal(self._folder)
         return manifest
 
     def _convert(self, file: FileEntry, stop: StopFlag, *, makes: bool) -> FileEntry:
@@ -288,7 +288,7 @@ def _read_own_journal(folder: Path) -> JournalContents | None:
         raise ManifestError(f"{folder}: `reshard {contents.begin.get('task')}` was interrupted here; finish that first")
     if (folder / MANIFEST_NAME).exists():
         # It was stopped before it touched a file, or behind the last step.
-        _clean_up(folder)
+        end_journal(folder)
         return None
     return contents
 
@@ -340,10 +340,3 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _clean_up(folder: Path) -> None:
-    """Behind the new manifest: the old one goes, and then the journal, without which nobody would look for it."""
-    for name in (ASIDE_NAME, JOURNAL_NAME):
-        (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)

@@ -5,18 +5,19 @@ is stopped is continued by the same command. One that consumes frees each file a
 durable; before the first, the manifest steps aside, because the folder is complete no longer.
 """
 
+import errno
 import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from manifests import inventory
 from manifests.digest import sha256_hex
-from manifests.errors import IntegrityError, ManifestError
+from manifests.errors import IntegrityError, ManifestError, ToolkitError
 from manifests.header import Header
 from manifests.inventory import Checkpoint
 from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
@@ -47,6 +48,13 @@ from reshard.workers import StopFlag, run_all
 
 FINISHED = {"finished": True}
 """The record behind which only leavings of the checkpoint remain."""
+
+SHOWN_DAMAGE = 3
+
+FOLDER_STAYS = frozenset(
+    {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
+)
+"""Something of somebody's is in a folder, or it is a link, or gone, or the root of a disk, or not ours to remove."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +159,13 @@ def check(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Rest
     """
     headers = read_saved_headers(checkpoint)
     ring = Ring()
-    names = _names_of(checkpoint)
+    names, places = _names_of(checkpoint), _files_of(checkpoint)
 
     def rebuild(shard: Shard, stop: StopFlag) -> RestoredShard:
-        pieces = _pieces(checkpoint, headers[shard.name], names, None)
-        return _rebuild(shard, headers[shard.name], pieces, ring, progress, stop)
+        header = headers[shard.name]
+        pieces = _pieces(checkpoint, header, names, None)
+        with _naming_damage(checkpoint, {places[tensor.name] for tensor in header.tensors}):
+            return _rebuild(shard, header, pieces, ring, progress, stop)
 
     restored = run_all(rebuild, require_source(checkpoint).shards, workers=jobs)
     for document in checkpoint.manifest.documents:
@@ -246,10 +256,8 @@ class _Restore:
                 header = self._headers[shard.name]
                 writer.write(header.raw, 0)
                 pieces = _pieces(self._checkpoint, header, names, writer)
-                try:
+                with _naming_damage(self._checkpoint, self._files[shard.name]):
                     restored = _rebuild(shard, header, pieces, ring, self._progress, stop)
-                except IntegrityError as error:
-                    raise IntegrityError(f"{error}{self._name_damage(shard)}") from error
                 writer.finish()
             except BaseException:
                 writer.abandon()
@@ -266,15 +274,6 @@ class _Restore:
                     self._free(file for file in self._files[shard.name] if not users[file])
 
         run_all(rebuild, [shard for shard in self._shards if shard.name not in done], workers=self._jobs)
-
-    def _name_damage(self, shard: Shard) -> str:
-        """What of a shard's files is damaged: `verify` cannot say it of a folder that is being taken apart."""
-        manifest = self._checkpoint.manifest
-        files = tuple(file for file in manifest.files if file.path in self._files[shard.name])
-        part = Checkpoint(self._checkpoint.root, replace(manifest, files=files, documents=()))
-        with Progress(0, label="", quiet=True) as unseen:
-            damage = verify(part, jobs=1, progress=unseen)
-        return "".join(f"; {found.path}: bytes {found.begin}-{found.end} are damaged" for found in damage[:3])
 
     def _require_same(self, contents: JournalContents) -> None:
         if contents.begin.get("task") != "restore" or contents.begin.get("manifest") != self._manifest_name():
@@ -361,11 +360,29 @@ def _rebuild(
     pump(pieces, whole=hasher, digests=False, ring=ring, progress=progress, stop=stop)
     digest = hasher.hexdigest()
     if shard.sha256 is not None and digest != shard.sha256:
-        raise IntegrityError(
-            f"{shard.name}: its rebuilt bytes have sha256 {digest}, the source had {shard.sha256}; "
-            "run `reshard verify` to find the damaged file"
-        )
+        raise IntegrityError(f"{shard.name}: its rebuilt bytes have sha256 {digest}, the source had {shard.sha256}")
     return RestoredShard(name=shard.name, size=header.file_bytes, sha256=digest)
+
+
+@contextmanager
+def _naming_damage(checkpoint: Checkpoint, paths: Collection[str]) -> Iterator[None]:
+    """Say of a shard that is not what it was which of the files it was made from is damaged, and where.
+
+    `reshard verify` cannot be sent for: it refuses a folder that is being taken apart.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        files = tuple(file for file in checkpoint.manifest.files if file.path in paths)
+        part = Checkpoint(checkpoint.root, replace(checkpoint.manifest, files=files, documents=()))
+        with Progress(0, label="", quiet=True) as unseen:
+            damage = verify(part, jobs=1, progress=unseen)
+        named = [f"{found.path}: bytes {found.begin}-{found.end} are damaged" for found in damage[:SHOWN_DAMAGE]]
+        if named:
+            named.append("put a good copy there and run again")
+        else:
+            named = ["every tensor's digest is right, so what the manifest records of the shard is not"]
+        raise IntegrityError("; ".join([str(error), *named])) from error
 
 
 def _kept_documents(checkpoint: Checkpoint) -> list[Document]:
@@ -429,6 +446,9 @@ def _remove_rest(checkpoint: Checkpoint) -> None:
 
 
 def _remove_empty(root: Path) -> None:
-    with suppress(OSError):  # something of somebody's is in it, or it is a link, or it is gone
+    try:
         root.rmdir()
+    except OSError as error:
+        if error.errno not in FOLDER_STAYS:
+            raise ToolkitError(f"{root}: all is restored, but it cannot be removed: {error.strerror}") from error
     sync_folder(root.parent)

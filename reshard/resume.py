@@ -6,7 +6,7 @@ and everywhere when asked to. What is not believed is done again, what nobody vo
 """
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def check_claims(
         where = path if is_named else partial
         wrong = _wrong_tensors(where, doubted, durable) if _has_size(where, file.size) else claimed
         for tensor in wrong:
-            del durable.tensors[tensor.name]
+            durable.lost[tensor.name] = durable.tensors.pop(tensor.name)
         _require_sources(where, file, durable, gone_shards)
         right = len(claimed) - len(wrong)
         if not right:
@@ -68,20 +68,12 @@ def check_claims(
             partial.unlink(missing_ok=True)
 
 
-def remove_planned(plan: Plan, destination: Path, keep: Callable[[str], bool]) -> None:
-    """Remove every file of a plan, finished or not, but for those whose relative path is to be kept."""
-    for file in plan.files:
-        if not keep(file.path):
-            (destination / file.path).unlink(missing_ok=True)
-        temporary_path(destination / file.path).unlink(missing_ok=True)
-
-
 def _require_sources(where: Path, file: PlannedFile, durable: Durable, gone_shards: Collection[str]) -> None:
     for tensor in file.tensors:
         if tensor.shard in gone_shards and tensor.name not in durable.tensors:
             raise IntegrityError(
                 f"{where}: tensor {tensor.name!r} is damaged, and {tensor.shard}, which it came from, was freed; "
-                "put the shard back from another copy and run again"
+                f"put a good copy of {file.path} there and run again"
             )
 
 

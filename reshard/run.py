@@ -12,7 +12,7 @@ from pathlib import Path
 from manifests.digest import file_digest, sha256_hex, tensor_digest
 from manifests.errors import ToolkitError
 from manifests.inventory import model_facts
-from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.paths import ASIDE_NAME, MANIFEST_NAME
 from manifests.schema import Document, FileEntry, Manifest, Shard, Source, TensorEntry
 from manifests.storage import save, sync_folder
 from reshard.blocks import data_bytes
@@ -38,7 +38,7 @@ from reshard.earlier import (
     require_same_task,
 )
 from reshard.forecast import needed_inodes
-from reshard.journal import CONSUMES, Journal
+from reshard.journal import CONSUMES, Journal, end_journal
 from reshard.lock import lock_folder
 from reshard.plan import Plan, PlannedFile, SelectionError
 from reshard.progress import Progress
@@ -189,11 +189,13 @@ class _Run:
         earlier = find_earlier(self._source.root, self._destination)
         if earlier.is_finished:
             # Stopped between the last two steps; then this may still be a wider run than that one.
-            _clean_up(self._destination)
+            sync_folder(self._destination)
+            end_journal(self._destination)
             earlier = find_earlier(self._source.root, self._destination)
         durable = earlier.durable
         if self._has_all(earlier):
-            _clean_up(self._destination)
+            sync_folder(self._destination)
+            end_journal(self._destination)
             assert earlier.manifest is not None
             return Outcome(
                 files=len(earlier.manifest.files),
@@ -232,7 +234,7 @@ class _Run:
             self._finish(documents, durable)
         finally:
             journal.close()
-        _clean_up(self._destination)
+        end_journal(self._destination)
         return Outcome(
             files=len(self._plan.files),
             documents=len(documents) + 1,  # and our index
@@ -388,13 +390,3 @@ def _entry(file: PlannedFile, durable: Durable) -> FileEntry:
         digest=file_digest(header_sha256, (tensor.digest for tensor in tensors if tensor.digest)),
         tensors=tuple(tensors),
     )
-
-
-def _clean_up(destination: Path) -> None:
-    """Behind the new manifest: the old one and the journal go."""
-    sync_folder(destination)
-    (destination / ASIDE_NAME).unlink(missing_ok=True)
-    # In between as well: without a journal nothing would ever remove the one that stepped aside.
-    sync_folder(destination)
-    (destination / JOURNAL_NAME).unlink(missing_ok=True)
-    sync_folder(destination)

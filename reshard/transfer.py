@@ -31,10 +31,14 @@ OTHER_OPEN_FILES = 256
 
 @dataclass(slots=True)
 class Durable:
-    """What is on disk for good: chunk digests by tensor name, and the sha256 of the shards that were read whole."""
+    """What is on disk for good: chunk digests by tensor name, and the sha256 of the shards that were read whole.
+
+    `lost` are the digests of tensors that were on disk and are no longer: what is taken again must be the same.
+    """
 
     tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +190,7 @@ def transfer(
             digests = pump(pieces, whole=hasher, digests=True, ring=ring, progress=progress, stop=stop)
         found = {tensor.name: chunks for (tensor, _), chunks in zip(items, digests, strict=True)}
         for name, chunks in found.items():
-            if durable.tensors.get(name, chunks) != chunks:
+            if durable.tensors.get(name, durable.lost.get(name, chunks)) != chunks:
                 raise ManifestError(
                     f"{path}: tensor {name!r} has other bytes than were taken before; the source was changed, or is "
                     "another model with the same layout"

@@ -60,7 +60,7 @@ def test_options_in_the_table_exist(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_command_has_help_with_an_example(name: str) -> None:
     for command in [GROUPS[name], *GROUPS[name].commands.values()]:
-        text = command.get_help(click.Context(command, info_name=command.name))
+        text = command.get_help(click.Context(command, info_name=command.name, **command.context_settings))
         assert "Example:" in text, f"{name} {command.name} has no example"
 
 

@@ -145,20 +145,20 @@ def test_a_run_into_what_is_there(program: Program, v3_folder: Path, tmp_path: P
 
 def test_the_rate_as_a_share_of_the_disks(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").mkdir()
-    one_tensor(tmp_path / "source", 4 * BLOCK_BYTES)
+    one_tensor(tmp_path / "source", 8 * BLOCK_BYTES)
     run = ("reshard", "run", tmp_path / "source")
     # Smaller than what is worth measuring.
     assert last(program(*run, tmp_path / "a", "--json"))["share_of_disk"] is None
     monkeypatch.setattr(cli, "SAMPLE_SHARE", 1)
     end = last(program(*run, tmp_path / "b", "--json"))
-    assert end["share_of_disk"] == pytest.approx(2 * 4 * BLOCK_BYTES / end["seconds"] / end["read_bytes_per_s"])
+    assert end["share_of_disk"] == pytest.approx(2 * 8 * BLOCK_BYTES / end["seconds"] / end["read_bytes_per_s"])
     assert re.search(r"/s, [0-9]+% of what this disk reads and writes\n", program(*run, tmp_path / "c", "-q").out)
     monkeypatch.setattr(cli, "same_disk", lambda *_: False)
     assert re.search(r"/s, [0-9]+% of what the disk of the source reads\n", program(*run, tmp_path / "d", "-q").out)
     # Nothing moved, nothing measured; and holes are not read.
     assert "%" not in program(*run, tmp_path / "d", "-q").out
     os.truncate(tmp_path / "source" / "model.safetensors", 2 * BLOCK_BYTES)
-    os.truncate(tmp_path / "source" / "model.safetensors", 4 * BLOCK_BYTES + len(one_header(4 * BLOCK_BYTES)))
+    os.truncate(tmp_path / "source" / "model.safetensors", 8 * BLOCK_BYTES + len(one_header(8 * BLOCK_BYTES)))
     assert last(program(*run, tmp_path / "e", "--json"))["share_of_disk"] is None
 
 
@@ -181,7 +181,9 @@ def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_f
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith("read, every digest is right\n")
     result = program("reshard", "verify", v3_resharded, "--against", v3_folder, "--json")
-    assert (result.code, last(result)) == (0, {"event": "end", "path": str(v3_resharded), "ok": True, "damage": []})
+    found = {"event": "end", "path": str(v3_resharded), "ok": True, "damage": [], "unnamed": []}
+    assert (result.code, last(result)) == (0, found)
+    (resharded_copy / "notes.txt").touch()
     raw = bytearray((resharded_copy / "model/embed.safetensors").read_bytes())
     raw[4096] ^= 1
     (resharded_copy / "model/embed.safetensors").write_bytes(raw)
@@ -197,9 +199,17 @@ def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_f
                 "end": 4096 + 67 * 136 * 2, "message": "its bytes are damaged",
             }
         ],
+        "unnamed": ["notes.txt"],
     }  # fmt: skip
     result = program("reshard", "verify", resharded_copy)
-    assert (result.code, result.err) == (13, "")
+    assert (result.code, result.err.splitlines()) == (
+        13,
+        [
+            "note: 1 file is in the folder and not in the manifest: notes.txt",
+            f"next: reshard repair {resharded_copy} --from SRC   takes what is damaged from the shards or another copy",
+        ],
+    )
+    assert program("reshard", "verify", resharded_copy, "-q").err == ""
     where = f"model/embed.safetensors: tensor model.embed_tokens.weight bytes 4096-{4096 + 67 * 136 * 2}"
     assert result.out == f"{where}: its bytes are damaged\n"
 

@@ -58,7 +58,7 @@ def test_nobody_there_to_answer(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("answer", "code"), [(True, 0), (False, 130)])
+@pytest.mark.parametrize(("answer", "code"), [(True, 0), (False, 1)])
 def test_the_question(
     answer: bool, code: int, v3_copy: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,10 +66,8 @@ def test_the_question(
 
     def confirm(text: str, **options: Any) -> bool:
         asked.append(text)
-        assert options == {"abort": True, "err": True}
-        if not answer:
-            raise cli_options.click.Abort
-        return True
+        assert options == {"err": True}
+        return answer
 
     class Terminal:
         def isatty(self) -> bool:
@@ -82,6 +80,33 @@ def test_the_question(
     assert str(v3_copy) in asked[0]
     assert len(shards(v3_copy)) == (0 if answer else count)
     assert (tmp_path / "out").exists() == answer
+
+
+def test_nothing_is_freed_for_a_checkpoint_that_was_complete_before(
+    v3_copy: Path, tmp_path: Path, program: Program
+) -> None:
+    """Nobody has compared it with this source since."""
+    run, count = ("reshard", "run", v3_copy, tmp_path / "out"), len(shards(v3_copy))
+    assert "nothing was freed" not in program(*run).err
+    result = program(*run, "--consume", "--yes")
+    assert (result.code, len(shards(v3_copy))) == (0, count)
+    assert f"note: nothing was freed, for {tmp_path / 'out'} was complete before" in result.err
+    result = program("reshard", "run", v3_copy, tmp_path / "new", "--consume", "--yes")
+    assert (result.code, shards(v3_copy), "nothing was freed" in result.err) == (0, [], False)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_discarding_is_offered_only_where_it_is_not_refused(
+    consume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""  # nothing to go on with
+    (tmp_path / "reshard-journal.jsonl").touch()
+    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume):
+        raise KeyboardInterrupt
+    err = capsys.readouterr().err
+    assert ("the same command goes on" in err, "--discard" in err) == (True, not consume)
 
 
 def test_a_part_cannot_consume(v3_copy: Path, tmp_path: Path, program: Program) -> None:

@@ -161,6 +161,21 @@ def test_links_are_refused(folder: Path, name: str, make: Callable[[Path], Any],
     assert tree(folder.parent) == before
 
 
+def test_a_folder_that_keeps_its_files_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written, and not at the end of the first shard."""
+    asked = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append((Path(path), mode))
+        return Path(path).name != "sub"
+
+    monkeypatch.setattr(os, "access", access)  # root may do everything everywhere
+    check_consumable(folder, ["a", "b"])
+    assert asked == [(folder, os.W_OK | os.X_OK)]
+    with pytest.raises(ToolkitError, match=f"{folder}/sub: no file can be removed from it, which --consume would do"):
+        check_consumable(folder, ["a", "sub/c"])
+
+
 def test_the_hubs_cache_is_refused(tmp_path: Path) -> None:
     """As downloads look there."""
     (tmp_path / "models--x" / "blobs").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests.errors import IncompleteError, IntegrityError, LockedError, ResourceError, ToolkitError
+from manifests.errors import IncompleteError, IntegrityError, LockedError, ManifestError, ResourceError, ToolkitError
 from manifests.schema import Selection
 from reshard import restore as restore_module
 from reshard import run as run_module
@@ -21,8 +22,9 @@ from reshard.blocks import Reader
 from reshard.lock import lock_folder
 from reshard.plan import SelectionError
 from reshard.progress import Progress
-from reshard.restore import open_restored, restore
+from reshard.restore import clean_up_restored, open_restored, restore
 from reshard.saved import read_saved_headers
+from reshard.source import read_source
 
 Tree = Callable[[Path], dict[str, str]]
 Reshard = Callable[..., Path]
@@ -104,8 +106,10 @@ def test_a_shard_is_freed_when_all_of_it_is_recorded_and_readable(
         assert f'"shard":"{path.name}"' in (out / "reshard-journal.jsonl").read_text()
         for tensor in source.shards[path.name].tensors:
             file, place = places[tensor.name]
-            where = out / file if (out / file).exists() else out / f"{file}.partial"
-            raw = where.read_bytes()
+            try:
+                raw = (out / f"{file}.partial").read_bytes()
+            except FileNotFoundError:  # finished, maybe just now, by another worker
+                raw = (out / file).read_bytes()
             assert raw[place.output_offset : place.output_offset + place.size] == v3_bytes[tensor.name]
         with pytest.raises(IncompleteError):
             manifests.open(out)
@@ -113,6 +117,59 @@ def test_a_shard_is_freed_when_all_of_it_is_recorded_and_readable(
     with durable_before_freed(monkeypatch, run_module, check) as freed:
         reshard_folder(v3_copy, out, jobs=3, consume=True)
     assert sorted(freed) == list(source.shards)
+
+
+def test_what_is_taken_again_must_be_what_was_taken_before(
+    v2_copy: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Any, tree: Any
+) -> None:
+    """Else one misread, or a changed source with its old time, would be freed and be in no copy."""
+    out = tmp_path / "out"
+    with stop_after(3):
+        reshard_folder(v2_copy, out, jobs=1)
+    path = out / "layers/1/experts/0.safetensors"
+    path.unlink()
+    source = read_source(v2_copy)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    shard, tensor = next(
+        (shard, tensor) for shard, header in source.shards.items() for tensor in header.tensors if tensor.name == name
+    )
+    raw = bytearray((v2_copy / shard).read_bytes())
+    raw[len(source.shards[shard].raw) + tensor.begin] ^= 1
+    times = (v2_copy / shard).stat()
+    (v2_copy / shard).write_bytes(raw)
+    os.utime(v2_copy / shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    before = tree(v2_copy)
+    with pytest.raises(ManifestError, match=f"{shard}: tensor '{name}' has other bytes than were taken before"):
+        reshard_folder(v2_copy, out, jobs=1, consume=True)
+    assert (v2_copy / shard).exists()
+    assert tree(v2_copy).items() <= before.items()
+
+
+@pytest.mark.parametrize(("code", "stays"), [(errno.EIO, False), (errno.EBUSY, True)])
+def test_an_empty_folder_that_cannot_be_removed(
+    code: int, stays: bool, v2_resharded: Path, v2_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A disk error is told, and the same command ends it; the root of a disk may stay."""
+    root, back = shutil.copytree(v2_resharded, tmp_path / "resharded"), tmp_path / "back"
+    real = Path.rmdir
+
+    def rmdir(path: Path) -> None:
+        if path == root:
+            raise OSError(code, os.strerror(code))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", rmdir)
+        if stays:
+            rebuild(root, back, consume=True)
+        else:
+            with pytest.raises(ToolkitError, match="resharded: all is restored, but it cannot be removed: "):
+                rebuild(root, back, consume=True)
+            assert (back / "reshard-journal.jsonl").exists()
+    if not stays:
+        assert clean_up_restored(root, back)
+    assert (root.exists(), shards_of(back)) == (stays, shards_of(v2_folder))
 
 
 def test_a_file_is_freed_when_all_its_shards_are_back(
@@ -290,7 +347,7 @@ def test_a_damaged_checkpoint_is_not_taken_apart_further(
     raw[-1] ^= 1
     damaged.write_bytes(raw)
     for _ in range(2):
-        with pytest.raises(IntegrityError, match="rebuilt bytes have sha256"):
+        with pytest.raises(IntegrityError, match=r"rebuilt bytes have sha256 .*experts/3\.safetensors: bytes "):
             rebuild(root, back, jobs=1, consume=True)
         assert shards_of(back) == shards_of(v2_folder)[:3]
         assert damaged.exists()

@@ -179,7 +179,7 @@ def test_stopped_between_the_record_and_the_freeing(
             with stop_after(number):
                 reshard_folder(v2_copy, out, jobs=1, consume=True)
         else:
-            patch.setattr(run_module, "_clean_up", lambda _: None)
+            patch.setattr(run_module, "end_journal", lambda _: None)
             reshard_folder(v2_copy, out, jobs=1, consume=True)
             (out / "manifest.json").unlink()
     assert shards_of(v2_copy) == SHARDS

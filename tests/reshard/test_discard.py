@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests.errors import IntegrityError, LockedError, ToolkitError
+from manifests.errors import IntegrityError, LockedError, SourceNotFoundError, ToolkitError
 from manifests.schema import Selection
 from reshard import run as run_module
 from reshard.discard import discard
@@ -52,6 +52,36 @@ def test_what_a_run_left_is_removed(
     assert tree(reshard_folder(v2_folder, out)) == tree(v2_resharded)
 
 
+@pytest.mark.parametrize("missing", ["the folder", "a shard"])
+def test_nothing_goes_that_could_not_be_made_again(
+    missing: str, v2_copy: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Stop, tree: Tree
+) -> None:
+    """A mistyped folder must not cost the hours that a run took."""
+    out, source = tmp_path / "out", v2_copy
+    with stop_after(2):
+        reshard_folder(v2_copy, out, jobs=1)
+    if missing == "the folder":
+        source = tmp_path / "nowhere"
+    else:
+        (v2_copy / "model-00003-of-000004.safetensors").unlink()
+    before = tree(tmp_path)
+    with pytest.raises(SourceNotFoundError, match=f"{source}: has no model-.*; nothing was discarded"):
+        discard(source, out)
+    assert tree(tmp_path) == before
+
+
+def test_what_was_restored_stays_without_what_it_was_restored_from(
+    v2_resharded: Path, tmp_path: Path, stop_after: Stop, tree: Tree
+) -> None:
+    out = tmp_path / "back"
+    with stop_after(2):
+        rebuild(v2_resharded, out)
+    before = tree(tmp_path)
+    with pytest.raises(SourceNotFoundError, match=r"nowhere: has no manifest\.json, from which .* was being made"):
+        discard(tmp_path / "nowhere", out)
+    assert tree(tmp_path) == before
+
+
 def test_without_a_journal_nothing_happens(
     v2_folder: Path, v2_resharded: Path, tmp_path: Path, stamps: Callable[[Path], Any]
 ) -> None:
@@ -69,7 +99,7 @@ def test_another_source_does_not_matter_when_nothing_was_freed(
     with stop_after(2):
         reshard_folder(v2_copy, tmp_path / "out", jobs=1)
     for path in v2_copy.glob("model-*"):
-        path.unlink()
+        path.write_bytes(b"another one")
     discard(v2_copy, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
 
@@ -207,7 +237,7 @@ def test_what_was_widened_survives(
     assert damage_of(out) == []
 
 
-@pytest.mark.parametrize("where", ["write_index", "save", "_clean_up"])
+@pytest.mark.parametrize("where", ["write_index", "save", "end_journal"])
 def test_what_was_widened_survives_until_the_last_moment(
     where: str, v2_folder: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, tree: Tree,
     stop_at: StopAt,
@@ -219,7 +249,7 @@ def test_what_was_widened_survives_until_the_last_moment(
         reshard_folder(v2_folder, out)
     assert (out / "manifest.json.aside").exists()
     discard(v2_folder, out)
-    expected = tree(v2_resharded) if where == "_clean_up" else before
+    expected = tree(v2_resharded) if where == "end_journal" else before
     assert {path: what for path, what in tree(out).items() if what != "folder"} == {
         path: what for path, what in expected.items() if what != "folder"
     }

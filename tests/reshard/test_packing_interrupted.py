@@ -178,6 +178,20 @@ def test_an_unfinished_folder(halfway: Path, v2_resharded: Path, program: Callab
     assert (result.code, result.out) == (3, "")
 
 
+@pytest.mark.parametrize("asks", [["--dry-run"], ["--layers", "1"], ["--discard"]], ids=" ".join)
+def test_run_goes_on_with_packing_only_when_nothing_else_is_asked_for(
+    asks: list[str], halfway: Path, v2_folder: Path, program: Callable[..., Any], tree: Callable[[Path], Any]
+) -> None:
+    before = tree(halfway)
+    result = program("reshard", "run", v2_folder, halfway, *asks)
+    assert (result.code != 0, result.out, "`reshard pack` was interrupted here" in result.err) == (True, "", True)
+    assert tree(halfway) == before
+    result = program("reshard", "run", v2_folder.parent / "nowhere", halfway)
+    assert (result.code != 0, tree(halfway)) == (True, before)
+    assert program("reshard", "run", v2_folder, halfway).code == 0
+    assert interrupted_task(halfway) is None
+
+
 def test_what_is_done_is_not_done_again(halfway: Path) -> None:
     done = halfway / "layers/1/experts/0.safetensors.zst"
     before = done.stat()

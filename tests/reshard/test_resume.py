@@ -187,7 +187,7 @@ def lose_name(path: Path) -> None:
 @pytest.mark.parametrize("path", [EXPERT, SINGLE])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_nothing_is_removed_whose_source_is_gone(
-    case: Case, path: str, damage: Callable[[Path], Any], tree: Tree
+    case: Case, path: str, damage: Callable[[Path], Any], v2_resharded: Path, tree: Tree
 ) -> None:
     """One wrong bit is better than none of the others."""
     damage(case.out / path)
@@ -195,9 +195,19 @@ def test_nothing_is_removed_whose_source_is_gone(
     tensor = case.file(path).tensors[-1]
     for gone in (SHARDS, [tensor.shard]):
         again = dataclasses.replace(case, durable=Durable(tensors=dict(case.durable.tensors)))
-        with pytest.raises(IntegrityError, match=f"{case.out / path}.*and model-0000.* was freed; put the shard back"):
+        with pytest.raises(
+            IntegrityError, match=f"{case.out / path}.*and model-0000.* was freed; put a good copy of {path} there"
+        ):
             again.check(gone=gone, paranoid=True)
         assert tree(case.out) == before
+    # What the message says to do helps.
+    put_back = dataclasses.replace(case, durable=Durable(tensors=dict(case.durable.tensors)))
+    damaged = {name: (case.out / name).read_bytes() for name in (path, f"{path}.partial") if (case.out / name).exists()}
+    shutil.copy(v2_resharded / path, case.out / path)
+    assert put_back.check(gone=SHARDS, paranoid=True) == set()
+    (case.out / path).unlink()
+    for name, raw in damaged.items():
+        (case.out / name).write_bytes(raw)
     if path == EXPERT:
         assert case.check(gone=[SHARDS[0]], paranoid=True)  # it is not the one that is needed
 

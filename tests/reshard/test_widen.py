@@ -145,7 +145,7 @@ def test_a_widening_that_was_stopped_goes_on(
     assert tree(reshard_folder(v2_folder, out)) == tree(v2_resharded)
 
 
-@pytest.mark.parametrize("where", ["write_kept", "write_index", "save", "_clean_up"])
+@pytest.mark.parametrize("where", ["write_kept", "write_index", "save", "end_journal"])
 def test_a_widening_that_was_stopped_between_two_manifests(
     where: str,
     v2_folder: Path,
@@ -160,7 +160,7 @@ def test_a_widening_that_was_stopped_between_two_manifests(
         reshard_folder(v2_folder, out)
     if where == "write_kept":
         assert manifests.open(out).manifest.selection == FIRST
-    elif where == "_clean_up":
+    elif where == "end_journal":
         assert manifests.open(out).manifest.selection == Selection()
     else:
         with pytest.raises(IncompleteError, match="goes on with it"):
@@ -173,7 +173,7 @@ def test_stopped_behind_the_last_step_and_then_widened_by_something_else(
 ) -> None:
     """What the finished run added is there, and stays."""
     out = reshard_folder(v3_folder, tmp_path / "out", FIRST)
-    with stop_at(run_module, "_clean_up"):
+    with stop_at(run_module, "end_journal"):
         reshard_folder(v3_folder, out, Selection(layers=(1,)))
     reshard_folder(v3_folder, out, Selection(layers=(2,)))
     once = reshard_folder(v3_folder, tmp_path / "once", Selection(layers=(0, 1, 2)))
