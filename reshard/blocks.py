@@ -20,6 +20,8 @@ from manifests.paths import TEMP_SUFFIX
 BLOCK_BYTES = 4 << 20
 """What is read and written at once; larger gains nothing, smaller loses to the latency of each request."""
 
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
 WRITES_AT_ONCE = 3
 """Of one stream: with one, the disk has nothing to write between the end of a write and the begin of the next."""
 
@@ -55,14 +57,14 @@ class Reader:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise ToolkitError(f"{path}: cannot be opened: {error.strerror}") from error
+            raise open_error(path, error) from error
         found = os.fstat(self._descriptor)
         self._has_holes = found.st_blocks * 512 < found.st_size
         try:
             self._direct = _open_direct(path, os.O_RDONLY) if found.st_size >= DIRECT_MIN_BYTES else None
         except OSError as error:
             os.close(self._descriptor)
-            raise ToolkitError(f"{path}: cannot be opened: {error.strerror}") from error
+            raise open_error(path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -376,13 +378,24 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(path.name + TEMP_SUFFIX)
 
 
+def open_error(path: Path, error: OSError) -> ToolkitError:
+    """The sentence for a file that cannot be opened to be read. Even that can need space: on layered file systems."""
+    if error.errno in NO_SPACE:
+        return ResourceError(f"{path}: cannot be opened: {error.strerror}")
+    return _too_many(path, error) or ToolkitError(f"{path}: cannot be opened: {error.strerror}")
+
+
 def write_error(path: Path, error: OSError) -> ToolkitError:
     """The sentence for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_SPACE:
         return ResourceError(f"{path}: no space left to write it ({error.strerror}); free some and run again")
+    return _too_many(path, error) or ToolkitError(f"{path}: cannot be written: {error.strerror}")
+
+
+def _too_many(path: Path, error: OSError) -> ToolkitError | None:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return ResourceError(f"{path}: too many files are open; allow more (ulimit -n) or take fewer --jobs")
-    return ToolkitError(f"{path}: cannot be written: {error.strerror}")
+    return None
 
 
 def _open_direct(path: Path, flags: int) -> int | None:

@@ -85,8 +85,7 @@ def make_other(root: Path, file: FileEntry, *, progress: Progress, stop: StopFla
         return prove_other(root, file)
     except ToolkitError as error:
         target.unlink()
-        kind = IntegrityError if isinstance(error, IntegrityError) else ToolkitError
-        raise kind(f"{error}; it was written just now, and must be read back right") from error
+        raise type(error)(f"{error}; it was written just now, and must be read back right") from error
 
 
 def prove_other(root: Path, file: FileEntry) -> FileEntry:

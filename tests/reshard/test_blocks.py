@@ -62,6 +62,9 @@ def test_a_failing_disk_is_named_with_the_place(file: Path, fail_call: Callable[
     reader.close()
     with pytest.raises(ToolkitError, match="absent: cannot be opened: No such file"):
         Reader(file.parent / "absent")
+    fail_call("open", 1, errno.ENOSPC)
+    with pytest.raises(ResourceError, match="file: cannot be opened: No space left"):
+        Reader(file)
 
 
 def test_a_name_is_given_last(tmp_path: Path) -> None:

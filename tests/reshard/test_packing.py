@@ -244,6 +244,22 @@ def test_what_is_written_wrong_is_read_back_and_found(
     assert tree(folder) == tree(end)
 
 
+def test_no_space_is_called_so_when_what_was_written_is_opened(
+    v2_packed: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = copy_of(v2_packed), os.open
+
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if str(path).endswith(EXPERT) and flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, flags, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(ResourceError, match=r"experts/2.*No space left.*must be read back right"):
+            run("unpack", folder, jobs=1)
+
+
 # What is refused, and what is short.
 
 
