@@ -23,7 +23,8 @@ from reshard.blocks import Reader
 from reshard.destination import hash_file
 from reshard.documents import header_paths
 from reshard.journal import CONSUMES, JournalContents, is_consuming, is_digest, read_journal
-from reshard.plan import Plan, SelectionError
+from reshard.plan import Plan, PlannedTensor, SelectionError
+from reshard.progress import Progress
 from reshard.saved import read_saved_headers
 from reshard.source import SourceCheckpoint
 from reshard.transfer import Durable
@@ -119,6 +120,8 @@ def describe_source(source: SourceCheckpoint) -> list[dict[str, Any]]:
 def require_same_task(earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path) -> None:
     """Refuse to continue a run with another source or selection than it began with.
 
+    A file that has only another time stamp is left to `require_taken_bytes`, which reads it.
+
     Raises:
         ManifestError: With the name of what differs.
     """
@@ -130,18 +133,57 @@ def require_same_task(earlier: Earlier, source: SourceCheckpoint, plan: Plan, de
             "give the same to continue it, or --discard to start again"
         )
     known = {shard["name"]: shard for shard in begin["shards"]}
+    recorded = {record.get("shard") for record in earlier.journal.records}
     for shard in describe_source(source):
         before = known.pop(shard["name"], None)
-        if before is None or any(shard[key] not in (None, before[key]) for key in before):
+        path = source.root / shard["name"]
+        if before is None or any(shard[key] != before[key] for key in before if key != "mtime_ns"):
+            raise _changed(path, destination)
+        if shard["mtime_ns"] not in (None, before["mtime_ns"]) and shard["name"] not in recorded:
+            seconds, nanoseconds = divmod(before["mtime_ns"] or 0, 10**9)
             raise ManifestError(
-                f"{source.root / shard['name']}: is not the file that the interrupted run into {destination} read; "
-                "give the same source, or --discard to start again"
+                f"{path}: was written anew since the interrupted run into {destination} began, and nothing was taken "
+                f"from it to compare; if it is the same, say so with `touch -d @{seconds}.{nanoseconds:09} FILE`; if "
+                "not, --discard starts again"
             )
     if known:
         raise ManifestError(
             f"{source.root}: has no {min(known)}, which the interrupted run into {destination} read; "
             "give the same source, or --discard to start again"
         )
+
+
+def require_taken_bytes(
+    earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path, progress: Progress
+) -> None:
+    """Refuse to continue when a shard with another time stamp has other bytes than were taken from it.
+
+    Raises:
+        ManifestError: With the name of the shard.
+        IntegrityError: It ends early.
+    """
+    assert earlier.journal is not None
+    begun = {shard["name"]: shard["mtime_ns"] for shard in earlier.journal.begin["shards"]}
+    times = {shard["name"]: shard["mtime_ns"] for shard in describe_source(source)}
+    for tensor in sorted(
+        (
+            tensor
+            for file in plan.files
+            for tensor in file.tensors
+            if times[tensor.shard] not in (None, begun[tensor.shard]) and tensor.name in earlier.durable.tensors
+        ),
+        key=lambda tensor: (tensor.shard, tensor.source_offset),
+    ):
+        progress.at(f"compare {tensor.shard}")
+        if _digests(source.root, tensor, progress) != earlier.durable.tensors[tensor.name]:
+            raise _changed(source.root / tensor.shard, destination)
+
+
+def _changed(path: Path, destination: Path) -> ManifestError:
+    return ManifestError(
+        f"{path}: is not the file that the interrupted run into {destination} read; "
+        "give the same source, or --discard to start again"
+    )
 
 
 def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path) -> None:
@@ -164,15 +206,22 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
         taken += tensor.size
         if taken > SAMPLE_BYTES or not (source.root / tensor.shard).exists():
             break
-        hasher = TensorHasher()
-        with closing(Reader(resolve_inside(source.root, tensor.shard))) as reader:
-            for block in reader.blocks(tensor.source_offset, tensor.size):
-                hasher.update(block)
-        if hasher.chunks() != earlier.durable.tensors[tensor.name]:
+        if _digests(source.root, tensor) != earlier.durable.tensors[tensor.name]:
             raise ToolkitError(
                 f"{destination}: holds another model than {source.root}: tensor {tensor.name!r} differs; choose a new "
                 "or empty folder"
             )
+
+
+def _digests(root: Path, tensor: PlannedTensor, progress: Progress | None = None) -> tuple[str, ...]:
+    """Of a tensor as it is in the source."""
+    hasher = TensorHasher()
+    with closing(Reader(resolve_inside(root, tensor.shard))) as reader:
+        for block in reader.blocks(tensor.source_offset, tensor.size):
+            hasher.update(block)
+            if progress is not None:
+                progress.advance(len(block))
+    return hasher.chunks()
 
 
 def require_same_documents(earlier: Earlier, source: SourceCheckpoint, destination: Path) -> None:

@@ -70,17 +70,17 @@ class Progress:
                 self._tell(self._events)
 
     def skip(self, count: int) -> None:
-        """Count bytes that an earlier run has done. The clock of the rate starts here."""
+        """Begin at what an earlier run has done, and the clock of the rate with it.
+
+        What was counted until now was reading, to find out what is done.
+        """
         with self._lock:
-            self._skipped += count
+            self._skipped, self.bytes = count, 0
             self._samples.clear()
-            self._samples.append((time.monotonic(), self.bytes))
+            self._samples.append((time.monotonic(), 0))
             if not self._bar.disable:
-                jump = self.done_bytes - self._bar.n
                 # `initial` is what tqdm leaves out of its rate; it has no call for this.
-                self._bar.initial += jump
-                self._bar.last_print_n += jump
-                self._bar.n += jump
+                self._bar.initial = self._bar.last_print_n = self._bar.n = self.done_bytes
                 self._bar.unpause()
 
     def at(self, what: str) -> None:

@@ -14,6 +14,7 @@ from manifests.digest import TensorHasher
 from manifests.errors import IntegrityError, ToolkitError
 from reshard.blocks import Reader, Writer, temporary_path
 from reshard.plan import Plan, PlannedFile, PlannedTensor
+from reshard.progress import Progress
 from reshard.transfer import Durable
 
 
@@ -25,6 +26,7 @@ def check_claims(
     doubted_shards: Collection[str],
     gone_shards: Collection[str],
     paranoid: bool,
+    progress: Progress,
 ) -> None:
     """Strike from `durable` what is not on disk, and remove the files that it does not vouch for.
 
@@ -35,6 +37,7 @@ def check_claims(
         doubted_shards: Shards whose tensors are hashed again in any case.
         gone_shards: Shards that were freed, so that nothing of theirs can be done again.
         paranoid: Whether all tensors are hashed again.
+        progress: Counts bytes that are hashed.
 
     Raises:
         IntegrityError: What a freed shard gave is not here as it should be; then its file is left as it is.
@@ -49,7 +52,7 @@ def check_claims(
         is_named = path.exists()
         doubted = [tensor for tensor in claimed if paranoid or not is_named or tensor.shard in doubted_shards]
         where = path if is_named else partial
-        wrong = _wrong_tensors(where, doubted, durable) if _has_size(where, file.size) else claimed
+        wrong = _wrong_tensors(where, doubted, durable, progress) if _has_size(where, file.size) else claimed
         for tensor in wrong:
             durable.lost[tensor.name] = durable.tensors.pop(tensor.name)
         _require_sources(where, file, durable, gone_shards)
@@ -84,20 +87,24 @@ def _has_size(path: Path, size: int) -> bool:
         return False
 
 
-def _wrong_tensors(path: Path, doubted: list[PlannedTensor], durable: Durable) -> list[PlannedTensor]:
+def _wrong_tensors(
+    path: Path, doubted: list[PlannedTensor], durable: Durable, progress: Progress
+) -> list[PlannedTensor]:
     """Those whose bytes are not what the journal says."""
     if not doubted:
         return []
+    progress.at(f"check {path.name}")
     with closing(Reader(path)) as reader:
-        return [tensor for tensor in doubted if _chunks(reader, tensor) != durable.tensors[tensor.name]]
+        return [tensor for tensor in doubted if _chunks(reader, tensor, progress) != durable.tensors[tensor.name]]
 
 
-def _chunks(reader: Reader, tensor: PlannedTensor) -> tuple[str, ...]:
+def _chunks(reader: Reader, tensor: PlannedTensor, progress: Progress) -> tuple[str, ...]:
     """Digests of a tensor as it is here; none when it cannot be read."""
     hasher = TensorHasher()
     try:
         for block in reader.blocks(tensor.output_offset, tensor.size):
             hasher.update(block)
+            progress.advance(len(block))
     except ToolkitError:
         return ()
     return hasher.chunks()

@@ -36,6 +36,7 @@ from reshard.earlier import (
     require_same_documents,
     require_same_source,
     require_same_task,
+    require_taken_bytes,
 )
 from reshard.forecast import needed_inodes
 from reshard.journal import CONSUMES, Journal, end_journal
@@ -214,6 +215,7 @@ class _Run:
                 doubted_shards=doubted,
                 gone_shards={shard for shard in self._source.shards if not self._is_there(shard)},
                 paranoid=self._paranoid,
+                progress=self._progress,
             )
         kept = self._kept_bytes(durable)
         needed = still_needed_bytes(self._source, self._plan, self._destination, consume=self._consume, jobs=self._jobs)
@@ -247,6 +249,7 @@ class _Run:
         """Whether nothing is left to do; refuses what is there when it is not what this run can go on with."""
         if earlier.journal is not None:
             require_same_task(earlier, self._source, self._plan, self._destination)
+            require_taken_bytes(earlier, self._source, self._plan, self._destination, self._progress)
         elif earlier.manifest is not None:
             require_same_source(earlier, self._source, self._plan, self._destination)
             wider = earlier.widen(self._plan.selection)

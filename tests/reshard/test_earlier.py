@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -154,8 +156,13 @@ def change_header(path: Path) -> None:
     os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
 
 
+def flip_last(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
 OTHER_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a later time": (lambda path: os.utime(path, ns=(1, 1)), "is not the file that the interrupted run"),
+    "other bytes": (flip_last, "is not the file that the interrupted run|was written anew"),
     "another size": (lambda path: os.truncate(path, path.stat().st_size + 1), "has .* bytes|is not the file"),
     "another header": (change_header, "is not the file that the interrupted run"),
     "gone": (lambda path: path.unlink(), "are missing, first"),
@@ -178,6 +185,30 @@ def test_another_source_is_refused_by_name(
     with pytest.raises(ToolkitError, match=f"{name}.*{says}|{says}.*{name}"):
         reshard_folder(v2_copy, out)
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_another_time_stamp_is_no_other_source(
+    consume: bool, v2_copy: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Stop,
+    tree: Tree,
+) -> None:  # fmt: skip
+    """What was taken is compared; of the rest, nothing but the stamp tells that it is the same."""
+    out = tmp_path / "out"
+    with stop_after(2):
+        reshard_folder(v2_copy, out, jobs=1)
+    taken, _, _, left = sorted(v2_copy.glob("model-*.safetensors"))
+    before, time_ns = tree(out), left.stat().st_mtime_ns
+    os.utime(taken, ns=(1, 1))
+    os.utime(left, ns=(1, 1))
+    with pytest.raises(ManifestError, match=f"{left}: was written anew since .* `touch -d @") as caught:
+        reshard_folder(v2_copy, out, consume=consume)
+    assert tree(out) == before
+    stamp = re.search(r"touch -d (@[0-9.]+) FILE", str(caught.value))
+    assert stamp is not None
+    subprocess.run(["touch", "-d", stamp[1], left], check=True)
+    assert left.stat().st_mtime_ns == time_ns
+    reshard_folder(v2_copy, out, consume=consume)
+    assert tree(out) == tree(v2_resharded)
 
 
 def test_a_source_with_fewer_or_more_shards(

@@ -136,7 +136,11 @@ def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
 def test_a_continued_run_starts_its_clock_when_it_moves(clock: Clock) -> None:
     events: list[Any] = []
     with Progress(1000, **NO_LABEL, events=events.append) as progress:
-        clock.now += 100  # what is there is looked at
+        for _ in range(2):  # what is there is looked at
+            clock.now += 50
+            progress.advance(350)
+        assert [event["bytes"] for event in events] == [350, 700]
+        events.clear()
         progress.skip(500)
         clock.now += 0.5
         progress.advance(10)

@@ -15,6 +15,7 @@ import pytest
 from manifests.errors import IntegrityError
 from reshard.earlier import find_earlier
 from reshard.plan import Plan, PlannedFile
+from reshard.progress import Progress
 from reshard.resume import check_claims
 from reshard.transfer import Durable
 
@@ -31,6 +32,7 @@ class Case:
     plan: Plan
     out: Path
     durable: Durable
+    hashed: int = 0
 
     def file(self, path: str) -> PlannedFile:
         return next(file for file in self.plan.files if file.path == path)
@@ -45,9 +47,12 @@ class Case:
     def check(self, doubted: Collection[str] = (), gone: Collection[str] = (), *, paranoid: bool = False) -> set[str]:
         """The names that were struck."""
         before = set(self.durable.tensors)
-        check_claims(
-            self.plan, self.out, self.durable, doubted_shards=doubted, gone_shards=gone, paranoid=paranoid
-        )  # fmt: skip
+        with Progress(self.plan.payload_bytes, label="", quiet=True) as progress:
+            check_claims(
+                self.plan, self.out, self.durable, doubted_shards=doubted, gone_shards=gone, paranoid=paranoid,
+                progress=progress,
+            )  # fmt: skip
+            self.hashed = progress.bytes
         return before - set(self.durable.tensors)
 
 
@@ -66,9 +71,9 @@ def flip(path: Path, position: int) -> None:
 
 def test_what_is_right_is_left_alone(case: Case, stamps: Callable[[Path], Any]) -> None:
     before = stamps(case.out)
-    assert case.check() == set()
-    assert case.check(SHARDS) == set()
-    assert case.check(gone=SHARDS, paranoid=True) == set()
+    assert (case.check(), case.hashed) == (set(), 0)
+    assert (case.check(SHARDS), case.hashed) == (set(), case.plan.payload_bytes)
+    assert (case.check(gone=SHARDS, paranoid=True), case.hashed) == (set(), case.plan.payload_bytes)
     assert stamps(case.out) == before
 
 
