@@ -10,13 +10,14 @@ import click
 from manifests import inventory
 from manifests.check import check_files
 from manifests.console import Group, format_bytes, json_option, print_json, printable
-from manifests.errors import IntegrityError, ManifestError, Problem, ToolkitError
+from manifests.errors import IncompleteError, IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
 from manifests.names import parse_name
 from manifests.summary import LayerSummary, Parameters, Summary, diff, summarize
 
 EXIT_DIFFERENT = 1
 EXIT_DAMAGED = IntegrityError.exit_code
+EXIT_UNDECIDED = IncompleteError.exit_code
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -154,7 +155,7 @@ def check(path: str, as_json: bool) -> None:
 @click.argument("b")
 @json_option
 def diff_command(a: str, b: str, as_json: bool) -> None:
-    """Compare two checkpoints by content. Exit 0 when they are equal, 1 when they differ.
+    """Compare two checkpoints by content. Exit 0 when they are equal, 1 when they differ, 3 when that is undecided.
 
     A plain folder has no digests: its tensors are compared by name, dtype and shape only, and this is said. In JSON
     `equal` is then null, unless something differs.
@@ -176,8 +177,8 @@ def diff_command(a: str, b: str, as_json: bool) -> None:
             )
     if undecided:
         click.echo(f"{undecided} tensors agree in dtype and shape; their bytes have no digests to compare", err=True)
-    if real:
-        raise click.exceptions.Exit(EXIT_DIFFERENT)
+    if real or undecided:
+        raise click.exceptions.Exit(EXIT_DIFFERENT if real else EXIT_UNDECIDED)
 
 
 @manifests.command()

@@ -299,8 +299,9 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
     names = sorted(set(weight_map.values()), key=_numeric_order)
     missing = [name for name in names if name not in absent and not _is_file(root / name)]
     if missing:
+        used_up = ", or use the folder that `reshard run --consume` made of them" if len(missing) == len(names) else ""
         raise SourceNotFoundError(
-            f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them"
+            f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them{used_up}"
         )
     shards = {name: absent.get(name) or read_header(resolve_inside(root, name)) for name in names}
     _check_index(root, weight_map, shards)

@@ -40,6 +40,16 @@ def relative_fault(path: str) -> str | None:
     return None
 
 
+def require_folder(path: Path, advice: str) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        SourceNotFoundError: It is something else, or not there; with what to do.
+    """
+    if not path.is_dir():
+        raise SourceNotFoundError(f"{path}: {'not a' if path.exists() else 'no such'} folder; {advice}")
+
+
 def resolve_inside(root: Path, relative: str) -> Path:
     """The absolute path of a file below root, symlinks followed only where they stay inside.
 

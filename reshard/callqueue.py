@@ -5,6 +5,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from reshard.workers import start
+
 
 class CallQueue:
     """Threads that make calls, from the first one on. After a failure no more are taken."""
@@ -35,7 +37,7 @@ class CallQueue:
             raise self._failure
         while len(self._threads) < self._wanted:
             thread = threading.Thread(target=self._run, daemon=True)
-            thread.start()
+            start(thread)
             self._threads.append(thread)
         with self._lock:
             number = self._added

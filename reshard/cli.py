@@ -127,7 +127,7 @@ def run(
         )
         for remark in remarks:
             progress.event("remark", message=remark)
-        with continuable(dst, consume=consume):
+        with continuable(dst, consume=consume, quiet=quiet):
             outcome = reshard_checkpoint(
                 source,
                 planned,
@@ -139,39 +139,41 @@ def run(
             )
     seconds = time.perf_counter() - started
     shares_disk = same_disk(src, dst)
-    if codec is not None:
-        pack_folder(dst, events, "pack", quiet=quiet)
-        return
     share = None
     if read_rate is not None:
         share = share_of_disk(outcome.moved_bytes, seconds, read_rate=read_rate, shares_disk=shares_disk)
-    if as_json:
-        events.end(
-            {
-                "path": str(dst),
-                "files": outcome.files,
-                "documents": outcome.documents,
-                "bytes": outcome.file_bytes,
-                "moved_bytes": outcome.moved_bytes,
-                "kept_bytes": outcome.kept_bytes,
-                "seconds": seconds,
-                "read_bytes_per_s": read_rate,
-                "share_of_disk": share,
-                "unknown_tensors": sorted(planned.unknown),
-                "left_out": list(source.left_out),
-            }
-        )
-        return
-    click.echo(f"{printable(str(dst))}: {_result(outcome, seconds)}{_share(share, shares_disk=shares_disk)}")
-    if not quiet:
-        for remark in remarks:
-            click.echo(f"note: {remark}", err=True)
+    if not as_json:
+        click.echo(f"{printable(str(dst))}: {_result(outcome, seconds)}{_share(share, shares_disk=shares_disk)}")
+    result = {
+        "path": str(dst),
+        "files": outcome.files,
+        "documents": outcome.documents,
+        "bytes": outcome.file_bytes,
+        "moved_bytes": outcome.moved_bytes,
+        "kept_bytes": outcome.kept_bytes,
+        "seconds": seconds,
+        "read_bytes_per_s": read_rate,
+        "share_of_disk": share,
+        "unknown_tensors": sorted(planned.unknown),
+        "left_out": list(source.left_out),
+    }
+    if codec is not None:
+        pack_folder(dst, events, "pack", quiet=quiet, result=result)
+    elif as_json:
+        events.end(result)
+    if not (as_json or quiet):
         if consume and any((src / shard).exists() for shard in source.shards):
             why = f"{printable(str(dst))} was complete before; prove it, and delete {printable(str(src))} yourself"
-            click.echo(f"note: nothing was freed, for {why}", err=True)
-        if planned.selection.is_everything:
-            path = printable(shlex.quote(str(dst)))
-            click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
+            remarks.append(f"nothing was freed, for {why}")
+        _advise(dst, planned, remarks)
+
+
+def _advise(dst: Path, planned: Plan, remarks: list[str]) -> None:
+    for remark in remarks:
+        click.echo(f"note: {remark}", err=True)
+    if planned.selection.is_everything:
+        path = printable(shlex.quote(str(dst)))
+        click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
 
 
 def _measure(source: SourceCheckpoint, planned: Plan) -> float | None:
@@ -204,6 +206,8 @@ def _share(share: float | None, *, shares_disk: bool) -> str:
 
 def _remarks(source: SourceCheckpoint, planned: Plan) -> list[str]:
     remarks = [f"a name that no rule knows: {line}" for line in unknown_lines(planned.unknown)]
+    if not source.config:
+        remarks.append(f"{printable(str(source.root))} has no config.json: without it the result cannot be run")
     if source.left_out:
         remarks.append(f"left out {printable(', '.join(source.left_out))}")
     return remarks

@@ -177,7 +177,7 @@ def restore(
         if out is None:
             restored = restoring.check(checkpoint, jobs=jobs or DEFAULT_JOBS, progress=progress)
         else:
-            with continuable(out, consume=consume):
+            with continuable(out, consume=consume, quiet=quiet):
                 restored = restoring.restore(
                     checkpoint,
                     out,

@@ -106,12 +106,12 @@ def continue_options(function: F) -> F:
 
 
 @contextmanager
-def continuable(folder: Path, *, consume: bool) -> Iterator[None]:
+def continuable(folder: Path, *, consume: bool, quiet: bool) -> Iterator[None]:
     """Whoever stops a run is told that it can go on, and start again unless it may have used up its source."""
     try:
         yield
     except KeyboardInterrupt:
-        if (folder / JOURNAL_NAME).exists():
+        if not quiet and (folder / JOURNAL_NAME).exists():
             other = "" if consume else ", --discard starts again"
             click.echo(
                 f"{printable(str(folder))}: the same command goes on from the last finished shard{other}", err=True

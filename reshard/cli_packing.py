@@ -1,11 +1,12 @@
 """`pack` and `unpack`: experts compressed for cold storage, and made mappable again."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from manifests.console import format_bytes, printable, quiet_option
-from manifests.schema import Manifest
 from reshard import packing
 from reshard.cli_events import EventStream
 from reshard.cli_options import events_option, folder_argument, jobs_option
@@ -45,8 +46,16 @@ def unpack(dst: Path, jobs: int, as_json: bool, quiet: bool) -> None:
     pack_folder(dst, EventStream(enabled=as_json), "unpack", jobs=jobs, quiet=quiet)
 
 
-def pack_folder(dst: Path, events: EventStream, task: Task, *, quiet: bool, jobs: int = DEFAULT_JOBS) -> Manifest:
-    """Do one of the two, and show it."""
+def pack_folder(
+    dst: Path,
+    events: EventStream,
+    task: Task,
+    *,
+    quiet: bool,
+    jobs: int = DEFAULT_JOBS,
+    result: Mapping[str, Any] | None = None,
+) -> None:
+    """Do one of the two, and show it, together with the result of what went before."""
     total = packing.expert_bytes(dst)
     with events.show_progress(total, label=task, quiet=quiet) as progress:
         progress.event("begin", command=task, path=str(dst), total_bytes=total)
@@ -55,10 +64,17 @@ def pack_folder(dst: Path, events: EventStream, task: Task, *, quiet: bool, jobs
     packed = [file for file in manifest.files if file.codec != "none"]
     stored, plain = sum(file.size for file in packed), sum(file.unpacked_size for file in packed)
     if events.enabled:
-        events.end({"path": str(dst), "packed_files": len(packed), "packed_bytes": stored, "plain_bytes": plain})
+        events.end(
+            {
+                **(result or {}),
+                "path": str(dst),
+                "packed_files": len(packed),
+                "packed_bytes": stored,
+                "plain_bytes": plain,
+            }
+        )
     elif packed:
         share = f"{stored / plain:.1%} of {format_bytes(plain)}"
         click.echo(f"{printable(str(dst))}: {len(packed):,} experts are packed, {share}; `reshard unpack` undoes it")
     else:
         click.echo(f"{printable(str(dst))}: all experts are plain files")
-    return manifest

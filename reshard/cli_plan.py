@@ -7,16 +7,18 @@ from typing import Any
 import click
 
 from manifests.console import format_bytes, format_seconds, json_option, print_json, printable
+from manifests.errors import ToolkitError
 from manifests.schema import Selection
 from reshard.cli_options import folder_argument, selection_options
 from reshard.consume import same_disk
-from reshard.destination import check_apart, check_empty, check_room, free_bytes
+from reshard.destination import check_apart, check_empty, check_inodes, check_room, free_bytes
 from reshard.disk import measure_hash_rate, measure_read_rate
 from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import free_inodes
-from reshard.forecast import Estimate, estimate_reshard, hashing_cores, hole_bytes, largest_shard, needed_inodes
+from reshard.forecast import Estimate, estimate_reshard, hashing_cores, hole_bytes, largest_shard
 from reshard.plan import Plan, make_plan
-from reshard.run import check_consume, consume_peak_bytes, needed_bytes, still_needed_bytes
+from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
+from reshard.run import check_consume, consume_peak_bytes, needed_bytes
 from reshard.source import SourceCheckpoint, read_source
 from reshard.workers import STREAM_JOBS
 
@@ -42,13 +44,20 @@ def plan(
     \b
     Example:
       reshard plan DeepSeek-V3 DeepSeek-V3-experts
+
+    Of what DST holds already it says so; disk, inodes and time are those of the rest.
     """
-    source, planned = look(src, dst, Selection(layers=layers, experts=experts))
-    show_plan(source, planned, dst, consume=consume, as_json=as_json)
+    source, planned, earlier = _look(src, dst, Selection(layers=layers, experts=experts))
+    show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
 
 
 def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan]:
     """A source, also one that an interrupted run has begun to use up, and the plan with what the destination holds."""
+    source, planned, _ = _look(src, dst, selection)
+    return source, planned
+
+
+def _look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
     earlier = Earlier()
     if dst is not None:
         check_apart(src, dst)
@@ -56,31 +65,59 @@ def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheck
         if dst.is_dir() and earlier.journal is None and earlier.manifest is None:
             check_empty(dst)
     source = read_source(src, earlier.freed)
-    return source, make_plan(source, earlier.widen(selection))
+    return source, make_plan(source, earlier.widen(selection)), earlier
 
 
 def show_plan(
-    source: SourceCheckpoint, planned: Plan, destination: Path | None, *, consume: bool, as_json: bool
+    source: SourceCheckpoint,
+    planned: Plan,
+    destination: Path | None,
+    *,
+    consume: bool,
+    as_json: bool,
+    earlier: Earlier | None = None,
 ) -> None:
-    """Print the plan, and then refuse a disk that is too small for it, so that the reader sees both."""
-    # Without a destination: the disk of the source, beside which most people put it.
+    """Print the plan, and then refuse a disk that is too small for it, so that the reader sees both.
+
+    Args:
+        source: What to reshard.
+        planned: How.
+        destination: The folder; None for the disk of the source, beside which most people put it.
+        consume: Whether the run would free its source.
+        as_json: Whether to print one JSON document.
+        earlier: What was found in the destination; looked for when it is not given.
+
+    Raises:
+        ResourceError: Too little room.
+        ToolkitError: The destination or the source is not such that the run would go on.
+    """
     if consume:
         check_consume(source, planned)
-    document = _describe(source, planned, destination or source.root, consume=consume)
+    if earlier is None:
+        earlier = Earlier() if destination is None else find_earlier(source.root, destination)
+    remaining = find_remaining(source, planned, earlier, destination)
+    document = _describe(source, planned, destination, remaining, consume=consume)
     if as_json:
         print_json(document)
     else:
         _print(document)
     if destination is not None:
-        check_room(destination, still_needed_bytes(source, planned, destination, consume=consume, jobs=1))
+        check_room(destination, document["needed_bytes"])
+        if remaining.state == "new":
+            check_inodes(destination, document["needed_inodes"])
 
 
-def _describe(source: SourceCheckpoint, planned: Plan, destination: Path, *, consume: bool) -> dict[str, Any]:
-    needed = needed_bytes(source, planned)
-    consume_peak = consume_peak_bytes(source, planned) if consume else None
-    if consume_peak is not None and same_disk(source.root, destination):
-        needed = consume_peak
-    rate, estimate = _estimate(source, planned, destination)
+def _describe(
+    source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
+) -> dict[str, Any]:
+    folder = destination or source.root
+    needed = _needed(source, planned, destination, remaining, consume=consume)
+    free = free_bytes(folder)
+    by_consuming = None
+    if consume or needed > free:
+        by_consuming = _needed_by_consuming(source, planned, destination, remaining)
+    rate, estimate = _estimate(source, remaining, folder)
+    seconds = 0.0 if remaining.state == "complete" else None if estimate is None else estimate.seconds
     return {
         "source": str(source.root),
         "shards": len(source.shards),
@@ -89,13 +126,19 @@ def _describe(source: SourceCheckpoint, planned: Plan, destination: Path, *, con
         "payload_bytes": planned.payload_bytes,
         "files": len(planned.files),
         "expert_files": sum(1 for file in planned.files if file.place.expert is not None),
+        "state": remaining.state,
+        "kept_bytes": remaining.kept_bytes,
+        "write_bytes": remaining.write_bytes,
+        "write_files": remaining.write_files,
+        "read_bytes": remaining.read_bytes,
         "needed_bytes": needed,
-        "consume_peak_bytes": consume_peak,
-        "free_bytes": free_bytes(destination),
-        "needed_inodes": needed_inodes(source, planned),
-        "free_inodes": free_inodes(destination),
+        "consume_peak_bytes": consume_peak_bytes(source, planned) if consume else None,
+        "consume_needed_bytes": by_consuming,
+        "free_bytes": free,
+        "needed_inodes": left_inodes(source, planned, folder, remaining),
+        "free_inodes": free_inodes(folder),
         "read_bytes_per_s": rate,
-        "seconds": None if estimate is None else estimate.seconds,
+        "seconds": seconds,
         "limited_by": None if estimate is None else estimate.limit,
         "auxiliary": [file.path for file in source.auxiliary],
         "left_out": list(source.left_out),
@@ -103,18 +146,41 @@ def _describe(source: SourceCheckpoint, planned: Plan, destination: Path, *, con
     }
 
 
-def _estimate(source: SourceCheckpoint, planned: Plan, destination: Path) -> tuple[float | None, Estimate | None]:
-    """The rate at which the source is read, and the time at that; None for a source too small to tell."""
-    largest = largest_shard(source)
+def _needed(
+    source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
+) -> int:
+    """Bytes that must be free."""
+    if destination is not None:
+        return needed_room(source, planned, destination, remaining, consume=consume)
+    return consume_peak_bytes(source, planned) if consume else needed_bytes(source, planned)
+
+
+def _needed_by_consuming(
+    source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining
+) -> int | None:
+    """Bytes that must be free for a run that frees its source; None where it would be refused or gain nothing."""
+    try:
+        check_consume(source, planned)
+    except ToolkitError:
+        return None
+    if not same_disk(source.root, destination or source.root):
+        return None
+    return _needed(source, planned, destination, remaining, consume=True)
+
+
+def _estimate(source: SourceCheckpoint, remaining: Remaining, folder: Path) -> tuple[float | None, Estimate | None]:
+    """The rate at which the source is read, and the time at that; None where too little is read to tell."""
+    largest = largest_shard(source) if remaining.shards else None
     rate = None if largest is None else measure_read_rate(largest)
     if rate is None:
         return None, None
     return rate, estimate_reshard(
-        planned.payload_bytes,
-        holes=hole_bytes(source),
+        remaining.read_bytes,
+        remaining.write_bytes,
+        holes=hole_bytes(source, remaining.shards),
         read_rate=rate,
         write_rate=None,  # to know it one has to write
-        shares_disk=same_disk(source.root, destination),
+        shares_disk=same_disk(source.root, folder),
         hash_rate=measure_hash_rate(),
         cores=hashing_cores(STREAM_JOBS),
     )
@@ -125,19 +191,10 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"source     {source}: {document['shards']} shards, {document['tensors']:,} tensors to take")
     click.echo(f"payload    {document['payload_bytes']:,} bytes ({format_bytes(document['payload_bytes'])})")
     click.echo(f"files      {document['files']:,}, of them {document['expert_files']:,} experts")
-    click.echo(
-        f"disk       {format_bytes(document['needed_bytes'])} needed, {format_bytes(document['free_bytes'])} free"
-    )
-    if document["consume_peak_bytes"] is not None:
-        peak = format_bytes(document["consume_peak_bytes"])
-        click.echo(f"consume    at most {peak} beside the source at any time; the source is gone at the end")
-    free = document["free_inodes"]
-    can_be_made = "no limit to them" if free is None else f"{free:,} can be made"
-    click.echo(f"inodes     {document['needed_inodes']:,} files and folders, {can_be_made}")
-    if document["seconds"] is not None:
-        rate = format_bytes(document["read_bytes_per_s"])
-        seconds = format_seconds(document["seconds"])
-        click.echo(f"time       about {seconds}, limited by {document['limited_by']}: read here at {rate}/s")
+    if document["state"] == "complete":
+        click.echo("there      all of it; nothing is left to do")
+    else:
+        _print_work(document)
     click.echo(f"copied     {printable(', '.join(document['auxiliary'])) or 'no other files'}")
     if document["left_out"]:
         click.echo(f"left out   {printable(', '.join(document['left_out']))}")
@@ -145,6 +202,31 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(f"selection  leaves out {document['left_out_tensors']:,} tensors; restore needs them all")
     for line in unknown_lines(document["unknown_tensors"]):
         click.echo(f"unknown    {line}")
+
+
+def _print_work(document: dict[str, Any]) -> None:
+    """What is there of it, and what the rest needs."""
+    if document["state"] != "new":
+        kept = f"{format_bytes(document['kept_bytes'])} of {format_bytes(document['payload_bytes'])}"
+        files = f"{document['files'] - document['write_files']:,} of {document['files']:,} files"
+        whose = "an interrupted run" if document["state"] == "interrupted" else "an earlier run"
+        click.echo(f"there      {kept}, {files}, of {whose}")
+        click.echo(f"to write   {format_bytes(document['write_bytes'])}, {document['write_files']:,} files")
+    needed, free = document["needed_bytes"], document["free_bytes"]
+    click.echo(f"disk       {format_bytes(needed)} needed, {format_bytes(free)} free")
+    if document["consume_peak_bytes"] is not None:
+        peak = format_bytes(document["consume_peak_bytes"])
+        click.echo(f"consume    at most {peak} beside the source at any time; the source is gone at the end")
+    elif document["consume_needed_bytes"] is not None and document["consume_needed_bytes"] < needed:
+        least = format_bytes(document["consume_needed_bytes"])
+        click.echo(f"consume    --consume needs only {least}: it frees the source as it goes")
+    free = document["free_inodes"]
+    can_be_made = "no limit to them" if free is None else f"{free:,} can be made"
+    click.echo(f"inodes     {document['needed_inodes']:,} files and folders, {can_be_made}")
+    if document["seconds"] is not None:
+        rate = format_bytes(document["read_bytes_per_s"])
+        seconds = format_seconds(document["seconds"])
+        click.echo(f"time       about {seconds}, limited by {document['limited_by']}: read here at {rate}/s")
 
 
 def unknown_lines(unknown: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,6 @@ exists, and it is removed again. This file must not print.
 """
 
 import dataclasses
-import os
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from manifests.schema import Selection
 from reshard.consume import same_disk
 from reshard.destination import check_apart, check_empty, free_bytes
 from reshard.disk import measure_fsync_seconds, measure_hash_rate, measure_read_rate, measure_write_rate
-from reshard.earlier import Earlier, find_earlier, require_same_source, require_same_task
+from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import (
     MEMORY_TYPES,
     NETWORK_TYPES,
@@ -32,9 +31,10 @@ from reshard.filesystem import (
     try_renaming,
     type_of,
 )
-from reshard.forecast import estimate_reshard, hashing_cores, hole_bytes, largest_shard, needed_inodes, open_files
+from reshard.forecast import estimate_reshard, hashing_cores, hole_bytes, largest_shard, open_files
 from reshard.lock import lock_folder
 from reshard.plan import Plan, make_plan
+from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
 from reshard.run import check_consume, consume_peak_bytes, needed_bytes
 from reshard.source import SourceCheckpoint, read_source
 from reshard.workers import STREAM_JOBS
@@ -59,11 +59,16 @@ class Facts:
     Attributes:
         shards, tensors, payload_bytes: Of the source.
         files: Files with tensors that a run makes.
+        state: What is in the destination, see `reshard.remaining`; None when a run would refuse it.
+        kept_bytes: Payload that is there.
+        write_bytes, write_files: Payload and files with tensors that are left to write.
         file_system: Type of the destination's.
         same_file_system: Whether the source is on it too.
-        needed_bytes, free_bytes: Disk.
+        needed_bytes, free_bytes: Disk: what must be free for what is left, and what is.
         consume_peak_bytes: What ``--consume`` needs at the most beside the source; None when it would be refused.
-        needed_inodes, free_inodes: Files and folders; free_inodes is None where they are not limited.
+        consume_needed_bytes: What must be free for it now.
+        needed_inodes, free_inodes: Files and folders that are left to make, and that can be; free_inodes is None where
+            they are not limited.
         abilities: What the destination's file system can do.
         read_bytes_per_s: Of the source.
         write_bytes_per_s, fsync_seconds: Of the destination.
@@ -77,11 +82,16 @@ class Facts:
     tensors: int | None = None
     payload_bytes: int | None = None
     files: int | None = None
+    state: str | None = None
+    kept_bytes: int | None = None
+    write_bytes: int | None = None
+    write_files: int | None = None
     file_system: str | None = None
     same_file_system: bool | None = None
     needed_bytes: int | None = None
     free_bytes: int | None = None
     consume_peak_bytes: int | None = None
+    consume_needed_bytes: int | None = None
     needed_inodes: int | None = None
     free_inodes: int | None = None
     abilities: Abilities | None = None
@@ -141,7 +151,7 @@ class _Examination:
         self._report = Report(source=source, destination=destination)
         self._facts = self._report.facts
         self._earlier = Earlier()
-        self._kept_bytes = 0
+        self._remaining = Remaining(state="new")
 
     def examine(self) -> Report:
         """All checks in order."""
@@ -160,7 +170,7 @@ class _Examination:
             self._attempt("inodes", lambda: self._check_inodes(source, plan))
             self._check_open_files(plan)
             self._attempt("reading", lambda: self._check_reading(source))
-            self._check_time(source, plan)
+            self._check_time(source)
         return self._report
 
     def _attempt(self, topic: str, check: Callable[[], T]) -> T | None:
@@ -185,33 +195,39 @@ class _Examination:
         facts.tensors = sum(len(file.tensors) for file in plan.files)
         size = format_bytes(plan.payload_bytes)
         self._add("source", "ok", f"{self._root}: {facts.shards} shards, {facts.tensors:,} tensors, {size}")
+        # All of it, unless the destination is found to hold some.
+        self._remaining = find_remaining(source, plan, Earlier(), None)
         return source, plan
 
     def _check_destination(self, planned: tuple[SourceCheckpoint, Plan] | None) -> bool:
         destination, earlier = self._destination, self._earlier
         check_apart(self._root, destination)
-        if not destination.exists():
-            self._add("destination", "ok", f"{destination}: new")
-            return True
-        with lock_folder(destination):
-            pass
+        is_new = not destination.exists()
+        if not is_new:
+            with lock_folder(destination):
+                pass
         if earlier.journal is None and earlier.manifest is None:
-            check_empty(destination)
-            self._add("destination", "ok", f"{destination}: empty")
-        elif planned is not None:
-            source, plan = planned
-            held = earlier.durable.tensors
-            self._kept_bytes = sum(tensor.size for file in plan.files for tensor in file.tensors if tensor.name in held)
-            size = f"{format_bytes(self._kept_bytes)} of {format_bytes(plan.payload_bytes)}"
-            if earlier.journal is not None and not earlier.is_finished:
-                require_same_task(earlier, source, plan, destination)
-                text = f"an interrupted run, {size} done; the same command goes on with it"
-            else:
-                require_same_source(earlier, source, plan, destination)
-                is_whole = self._kept_bytes == plan.payload_bytes
-                text = "complete already, nothing is left to do" if is_whole else f"has {size}; a run adds the rest"
-            self._add("destination", "note", f"{destination}: {text}")
+            if not is_new:
+                check_empty(destination)
+            self._add("destination", "ok", f"{destination}: {'new' if is_new else 'empty'}")
+        if planned is not None:
+            self._remaining = find_remaining(*planned, earlier, destination)
+            self._tell_remaining(self._remaining, planned[1])
         return True
+
+    def _tell_remaining(self, remaining: Remaining, plan: Plan) -> None:
+        facts = self._facts
+        facts.state, facts.kept_bytes = remaining.state, remaining.kept_bytes
+        facts.write_bytes, facts.write_files = remaining.write_bytes, remaining.write_files
+        if remaining.state == "new":
+            return
+        size = f"{format_bytes(remaining.kept_bytes)} of {format_bytes(plan.payload_bytes)}"
+        text = {
+            "interrupted": f"an interrupted run, {size} done; the same command goes on with it",
+            "part": f"has {size}; a run adds the rest",
+            "complete": "complete already, nothing is left to do",
+        }[remaining.state]
+        self._add("destination", "note", f"{self._destination}: {text}")
 
     def _check_file_system(self) -> bool:
         folder = existing_folder(self._destination)
@@ -268,7 +284,7 @@ class _Examination:
     @property
     def _is_consuming(self) -> bool:
         """Whether the run that was interrupted here frees its source, and with it the one that goes on."""
-        return self._earlier.journal is not None and bool(self._earlier.journal.begin.get("consume"))
+        return self._remaining.state == "interrupted" and self._earlier.consumes
 
     def _check_consume(self, source: SourceCheckpoint, plan: Plan) -> bool:
         try:
@@ -282,32 +298,34 @@ class _Examination:
             self._add("consume", "note", "--consume would gain nothing: the source is on another file system")
         else:
             peak = self._facts.consume_peak_bytes = consume_peak_bytes(source, plan)
+            self._facts.consume_needed_bytes = self._needed_room(source, plan, consume=True)
             size = format_bytes(peak)
             self._add("consume", "ok", f"--consume is possible, and needs at most {size} beside the source")
         return True
 
     def _check_space(self, source: SourceCheckpoint, plan: Plan) -> bool:
         facts = self._facts
-        facts.needed_bytes = max(0, needed_bytes(source, plan) - self._kept_bytes)
+        needed = facts.needed_bytes = self._needed_room(source, plan, consume=self._is_consuming)
         facts.free_bytes = free_bytes(self._destination)
-        needed, peak = facts.needed_bytes, facts.consume_peak_bytes
-        if self._is_consuming and peak is not None:
-            needed, peak = peak, None
         sizes = f"{format_bytes(needed)} needed, {format_bytes(facts.free_bytes)} free"
         if facts.free_bytes >= needed:
             self._add("space", "ok", sizes)
             return True
         advice = "free some, or choose another disk"
-        if peak is not None and peak <= facts.free_bytes:
-            advice = f"--consume, which frees the source as it goes, needs {format_bytes(peak)}"
+        if facts.consume_needed_bytes is not None and facts.consume_needed_bytes <= facts.free_bytes:
+            advice = f"--consume, which frees the source as it goes, needs {format_bytes(facts.consume_needed_bytes)}"
         self._add("space", "problem", f"{sizes}; {advice}", ResourceError.exit_code)
         return True
 
+    def _needed_room(self, source: SourceCheckpoint, plan: Plan, *, consume: bool) -> int:
+        if self._facts.state is None:
+            # A destination that a run would refuse: as much as into a new one, whatever lies there.
+            return consume_peak_bytes(source, plan) if consume else needed_bytes(source, plan)
+        return needed_room(source, plan, self._destination, self._remaining, consume=consume)
+
     def _check_inodes(self, source: SourceCheckpoint, plan: Plan) -> bool:
         facts = self._facts
-        # What an earlier run made is there already.
-        made = sum(len(folders) + len(files) for _, folders, files in os.walk(self._destination))
-        facts.needed_inodes = max(0, needed_inodes(source, plan) - made)
+        facts.needed_inodes = left_inodes(source, plan, self._destination, self._remaining)
         facts.free_inodes = free_inodes(self._destination)
         if facts.free_inodes is None:
             self._add("inodes", "ok", f"{facts.needed_inodes:,} files and folders, and no limit to them")
@@ -346,13 +364,17 @@ class _Examination:
         self._add("reading", "ok", f"{format_bytes(facts.read_bytes_per_s)}/s{how}, {hashing}")
         return True
 
-    def _check_time(self, source: SourceCheckpoint, plan: Plan) -> None:
-        facts = self._facts
+    def _check_time(self, source: SourceCheckpoint) -> None:
+        facts, remaining = self._facts, self._remaining
+        if remaining.state == "complete":
+            facts.seconds = 0.0
+            return
         if facts.read_bytes_per_s is None or facts.sha256_bytes_per_s is None or facts.cores is None:
             return
         estimate = estimate_reshard(
-            plan.payload_bytes - self._kept_bytes,
-            holes=hole_bytes(source),
+            remaining.read_bytes,
+            remaining.write_bytes,
+            holes=hole_bytes(source, remaining.shards),
             read_rate=facts.read_bytes_per_s,
             write_rate=facts.write_bytes_per_s,
             shares_disk=bool(facts.same_file_system),
@@ -362,7 +384,7 @@ class _Examination:
         facts.seconds, facts.limited_by = estimate.seconds, estimate.limit
         limit = "the disk, which is read and written" if estimate.limit == "the disk" else estimate.limit
         text = f"about {format_seconds(estimate.seconds)}, limited by {limit}"
-        fsyncs = len(plan.files) * (facts.fsync_seconds or 0.0)
+        fsyncs = remaining.write_files * (facts.fsync_seconds or 0.0)
         if fsyncs > estimate.seconds / 10:
-            text += f"; to fsync {len(plan.files):,} files takes {format_seconds(fsyncs)}, a part of it besides"
+            text += f"; to fsync {remaining.write_files:,} files takes {format_seconds(fsyncs)}, a part of it besides"
         self._add("time", "ok", text)

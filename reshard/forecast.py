@@ -5,10 +5,11 @@ Bytes are in `run.needed_bytes`, which the run itself asks for.
 
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from manifests.paths import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.paths import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX
 from manifests.safety import resolve_inside
 from reshard.blocks import data_bytes
 from reshard.documents import INDEX_PATH, header_paths
@@ -29,14 +30,29 @@ class Estimate:
 
 
 def needed_inodes(source: SourceCheckpoint, plan: Plan) -> int:
-    """Files and folders that a run makes, the destination itself included."""
+    """Files and folders that a run makes in a new destination, itself included."""
+    return len(_made_paths(source, plan))
+
+
+def missing_inodes(source: SourceCheckpoint, plan: Plan, destination: Path) -> int:
+    """Those of them that an earlier run has not made yet. An unfinished file has its inode already."""
+    there = set()
+    for folder, _, names in os.walk(destination):
+        below = os.path.relpath(folder, destination)
+        there.add(below)
+        there |= {os.path.normpath(f"{below}/{name.removesuffix(TEMP_SUFFIX)}") for name in names}
+    return len(_made_paths(source, plan) - there)
+
+
+def _made_paths(source: SourceCheckpoint, plan: Plan) -> set[str]:
+    """Relative paths of files and folders."""
     files = {*(file.path for file in plan.files), *(file.path for file in source.auxiliary)}
     files |= {*header_paths(source.shards).values(), INDEX_NAME, MANIFEST_NAME, JOURNAL_NAME}
     if source.index is not None:
         files.add(INDEX_PATH)
     nearest = {file.rpartition("/")[0] for file in files}
-    folders = {above for folder in nearest for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)}
-    return len(files) + len(folders)
+    folders = {str(above) for folder in nearest for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)}
+    return files | folders
 
 
 def open_files(plan: Plan, jobs: int) -> int:
@@ -49,9 +65,10 @@ def open_files(plan: Plan, jobs: int) -> int:
     return 2 * jobs * max(map(len, begun.values()), default=0) + OTHER_OPEN_FILES
 
 
-def hole_bytes(source: SourceCheckpoint) -> int:
-    """Bytes of the source's shards that are holes."""
-    paths = {source.root / name: header.file_bytes for name, header in source.shards.items()}
+def hole_bytes(source: SourceCheckpoint, shards: Collection[str] | None = None) -> int:
+    """Bytes of the source's shards that are holes; of these shards alone when they are given."""
+    names = source.shards if shards is None else shards
+    paths = {source.root / name: source.shards[name].file_bytes for name in names}
     return sum(size - data_bytes(path) for path, size in paths.items() if path.exists())
 
 
@@ -68,7 +85,8 @@ def hashing_cores(jobs: int) -> int:
 
 
 def estimate_reshard(
-    payload_bytes: int,
+    read_bytes: int,
+    write_bytes: int,
     *,
     holes: int,
     read_rate: float,
@@ -80,17 +98,18 @@ def estimate_reshard(
     """The time of a reshard: that of the slowest of its stages, which run side by side.
 
     Args:
-        payload_bytes: What is hashed.
-        holes: Bytes of it that are holes, which are neither read nor written.
+        read_bytes: Payload that is read, all of which is hashed.
+        write_bytes: Payload that is written.
+        holes: Bytes of both that are holes, which are hashed alone.
         read_rate: Bytes per second.
         write_rate: Bytes per second; None when it is not known: then as fast as reading.
         shares_disk: Whether reading and writing wait for each other.
         hash_rate: Bytes per second of one core.
         cores: How many hash.
     """
-    moved = payload_bytes - holes
-    reading, writing = moved / read_rate, moved / (write_rate or read_rate)
-    hashing = HASHES_PER_BYTE * payload_bytes / (hash_rate * cores)
+    reading = max(0, read_bytes - holes) / read_rate
+    writing = max(0, write_bytes - holes) / (write_rate or read_rate)
+    hashing = HASHES_PER_BYTE * read_bytes / (hash_rate * cores)
     if shares_disk:
         stages = {"the disk": reading + writing, "hashing": hashing}
     else:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from manifests.errors import IntegrityError, ToolkitError
 from manifests.safety import resolve_inside
 from manifests.schema import FileEntry
-from manifests.storage import sync_folder
 from reshard.archive import unpack_blocks, write_packed
 from reshard.blocks import PageWriter, Reader, Writer
 from reshard.progress import Progress
@@ -46,7 +45,7 @@ def other_entry(file: FileEntry, *, size: int, stored_sha256: str | None) -> Fil
 
 
 def make_other(root: Path, file: FileEntry, *, progress: Progress, stop: StopFlag) -> FileEntry:
-    """Write the other form of a file, durably under its name, and prove it.
+    """Write the other form of a file and prove it. Its bytes are durable then; its name is when its folder is synced.
 
     Args:
         root: The checkpoint.
@@ -80,7 +79,6 @@ def make_other(root: Path, file: FileEntry, *, progress: Progress, stop: StopFla
         except BaseException:
             writer.abandon()
             raise
-    sync_folder(target.parent)
     try:
         return prove_other(root, file)
     except ToolkitError as error:

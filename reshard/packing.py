@@ -8,7 +8,6 @@ each job. A damaged expert stays as it is, and so stands in the new manifest: it
 
 import dataclasses
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from manifests.digest import sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.inventory import check_finished
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, Kind
-from manifests.safety import resolve_inside
+from manifests.safety import require_folder, resolve_inside
 from manifests.schema import FileEntry, Manifest
 from manifests.storage import decode, load, save, sync_folder
 from reshard.blocks import temporary_path
@@ -26,7 +25,7 @@ from reshard.documents import write_index
 from reshard.forms import find_fault, make_other, other_entry, other_path, prove_other
 from reshard.journal import Journal, JournalContents, end_journal, read_begin, read_journal
 from reshard.progress import Progress
-from reshard.workers import StopFlag, run_all
+from reshard.workers import PoisonLock, StopFlag, run_all
 
 Task = Literal["pack", "unpack"]
 
@@ -77,8 +76,7 @@ def expert_bytes(folder: Path) -> int:
 
 
 def _run(folder: Path, task: Task, jobs: int, progress: Progress) -> Manifest:
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"{folder}: no such folder; give a resharded checkpoint")
+    require_folder(folder, "give a resharded checkpoint")
     with hold_folder(folder):
         contents = _read_own_journal(folder)
         if contents is not None and _task_of(contents.begin) != task:
@@ -152,7 +150,7 @@ class _Conversion:
         self._progress = progress
         self._files = _files_of(manifest, task)
         self._faults: list[ToolkitError] = []
-        self._lock = threading.Lock()
+        self._lock = PoisonLock()
 
     def execute(self) -> Manifest:
         """Convert what is not yet converted, and complete the folder."""
@@ -224,6 +222,7 @@ class _Conversion:
                     self._faults.append(fault)
                 return file
         with self._lock:
+            sync_folder((self._folder / entry.path).parent)
             if self._recorded.get(file.path) != entry:
                 self._journal.append({"file": file.path, "size": entry.size, "stored_sha256": entry.stored_sha256})
         # A removal that is lost in a crash is found, and done again.
@@ -251,9 +250,8 @@ class _Conversion:
             if os.path.lexists(self._folder / file.path):
                 target.unlink()
             return None
-        # Who wrote it may have been killed before it was durable, or its name.
+        # Who wrote it may have been killed before it was durable.
         _sync_file(target)
-        sync_folder(target.parent)
         return entry
 
 

@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import TypeAlias
 
 from manifests.errors import ManifestError, ToolkitError
-from manifests.header import Header, HeaderTensor, encode_header
+from manifests.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, HeaderTensor, encode_header
 from manifests.names import Role, find_missing_scales, parse_name
 from manifests.paths import Place, Widths, format_path, place_of
 from manifests.schema import Selection
@@ -113,7 +113,7 @@ def make_plan(source: SourceCheckpoint, selection: Selection) -> Plan:
     """Decide where every tensor goes.
 
     Raises:
-        ManifestError: An FP8 weight has no scales.
+        ManifestError: An FP8 weight has no scales, or one file's tensors are more than a header can name.
         SelectionError: The selection names a layer or expert that is not there.
     """
     _check_scales(source.shards)
@@ -164,6 +164,11 @@ def _plan_file(number: int, path: str, place: Place, items: list[_Item], shared:
         )
         position += size
     header_size = len(_encode(entries))
+    if header_size > LENGTH_BYTES + MAX_HEADER_BYTES:
+        raise ManifestError(
+            f"{path} would hold {len(entries):,} tensors, and their header of {header_size:,} bytes is over the limit of "
+            f"{MAX_HEADER_BYTES:,}"
+        )
     tensors = tuple(
         PlannedTensor(
             name=entry.name,

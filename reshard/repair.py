@@ -15,6 +15,7 @@ from manifests.errors import IntegrityError, ManifestError, ResourceError, Sourc
 from manifests.inventory import Checkpoint, check_finished
 from manifests.jsontext import parse_json
 from manifests.paths import MANIFEST_NAME
+from manifests.safety import require_folder
 from manifests.schema import Document, FileEntry
 from manifests.storage import MAX_MANIFEST_BYTES, load, save
 from reshard.blocks import write_error
@@ -69,8 +70,7 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
         ResourceError: The disk is full.
         SourceNotFoundError: One of the two is not there.
     """
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"{folder}: no such folder; give the resharded checkpoint that is damaged")
+    require_folder(folder, "give the resharded checkpoint that is damaged")
     source = inventory.open(source_path)
     if os.path.samefile(source.root, folder):
         raise ToolkitError(f"{folder}: cannot be repaired from itself; give its source or another copy")

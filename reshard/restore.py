@@ -8,7 +8,6 @@ durable; before the first, the manifest steps aside, because the folder is compl
 import errno
 import hashlib
 import os
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,7 +43,7 @@ from reshard.progress import Progress
 from reshard.saved import read_document, read_saved_headers, require_source
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import verify
-from reshard.workers import StopFlag, run_all
+from reshard.workers import PoisonLock, StopFlag, run_all
 
 FINISHED = {"finished": True}
 """The record behind which only leavings of the checkpoint remain."""
@@ -242,7 +241,7 @@ class _Restore:
         users = Counter(file for shard in self._shards if shard.name not in done for file in self._files[shard.name])
         if self._consume:
             self._free(file.path for file in self._checkpoint.manifest.files if not users[file.path])
-        lock = threading.Lock()
+        lock = PoisonLock()
         ring = Ring()
         names = _names_of(self._checkpoint)
 
@@ -262,8 +261,8 @@ class _Restore:
             except BaseException:
                 writer.abandon()
                 raise
-            sync_folders(self._out)
             with lock:
+                sync_folders(self._out)
                 journal.append({"shard": shard.name, "sha256": restored.sha256})
                 hold.keep()
                 done[shard.name] = restored

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manifests.digest import file_digest, sha256_hex, tensor_digest
-from manifests.errors import ToolkitError
+from manifests.errors import ResourceError, ToolkitError
 from manifests.inventory import model_facts
 from manifests.paths import ASIDE_NAME, MANIFEST_NAME
 from manifests.schema import Document, FileEntry, Manifest, Shard, Source, TensorEntry
@@ -219,7 +219,7 @@ class _Run:
             )
         kept = self._kept_bytes(durable)
         needed = still_needed_bytes(self._source, self._plan, self._destination, consume=self._consume, jobs=self._jobs)
-        check_room(self._destination, needed)
+        self._check_room(needed)
         if earlier.journal is None and earlier.manifest is None:
             check_inodes(self._destination, needed_inodes(self._source, self._plan))
             hold.own()
@@ -244,6 +244,17 @@ class _Run:
             moved_bytes=self._plan.payload_bytes - kept,
             kept_bytes=kept,
         )
+
+    def _check_room(self, needed: int) -> None:
+        try:
+            check_room(self._destination, needed)
+        except ResourceError as error:
+            if self._consume or self._plan.left_out_tensors or not same_disk(self._source.root, self._destination):
+                raise
+            peak = consume_peak_bytes(self._source, self._plan)
+            raise ResourceError(
+                f"{error}; --consume, which deletes each shard when it is done, needs {peak:,}"
+            ) from None
 
     def _has_all(self, earlier: Earlier) -> bool:
         """Whether nothing is left to do; refuses what is there when it is not what this run can go on with."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError
 from manifests.header import Header
 from manifests.inventory import SUFFIX, check_finished, read_config, read_shards
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
-from manifests.safety import relative_fault, resolve_inside
+from manifests.safety import relative_fault, require_folder, resolve_inside
 
 OTHER_WEIGHT_SUFFIXES = frozenset(
     {SUFFIX, ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".tflite"}
@@ -61,8 +61,7 @@ def read_source(root: Path, freed: Mapping[str, Header] | None = None) -> Source
         IncompleteError: The folder is being restored.
         ManifestError: Index, config or a header is invalid, or the folder is already resharded.
     """
-    if not root.is_dir():
-        raise SourceNotFoundError(f"{root}: no such folder; give the folder that holds the checkpoint's shards")
+    require_folder(root, "give the folder that holds the checkpoint's shards")
     if (root / MANIFEST_NAME).exists():
         raise ManifestError(f"{root}: has a {MANIFEST_NAME}, so it is already resharded; `reshard restore` undoes it")
     check_finished(root)

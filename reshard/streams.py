@@ -22,7 +22,7 @@ from reshard.archive import UnpackingReader
 from reshard.blocks import WRITES_AT_ONCE, PageWriter, Reader, Writer, new_block
 from reshard.callqueue import CallQueue
 from reshard.progress import Progress
-from reshard.workers import StopFlag
+from reshard.workers import StopFlag, start
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -174,9 +174,9 @@ def pump(
         line.add(writing.take, writing.finish)
     if not line.queues:
         return found
-    for thread in line.threads:
-        thread.start()
     try:
+        for thread in line.threads:
+            start(thread)
         with closing(_read(pieces, ring)) as blocks:
             for block in blocks:
                 block.users = len(line.queues)
@@ -190,7 +190,8 @@ def pump(
     finally:
         line.send(None)
         for thread in line.threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
         calls.close()
     if line.failure is not None:
         raise line.failure

@@ -8,7 +8,6 @@ soon as its last tensor is in, on a thread of its own; when a shard ends, everyt
 import hashlib
 import resource
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,10 +19,10 @@ from manifests.header import Header
 from manifests.safety import resolve_inside
 from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer
-from reshard.plan import Plan, PlannedFile, PlannedTensor
+from reshard.plan import Plan, PlannedFile
 from reshard.progress import Progress
 from reshard.streams import Piece, Ring, Target, pump
-from reshard.workers import StopFlag, run_all
+from reshard.workers import PoisonLock, StopFlag, run_all
 
 OTHER_OPEN_FILES = 256
 """Sources, libraries, the terminal: room beside the output files."""
@@ -154,13 +153,9 @@ def transfer(
     """
     _allow_open_files(len(plan.files))
     outputs: dict[str, _Output] = {}
-    work: dict[str, list[tuple[PlannedTensor, PlannedFile]]] = defaultdict(list)
-    for file in plan.files:
-        for tensor in file.tensors:
-            work[tensor.shard].append((tensor, file))
-    for items in work.values():
-        items.sort(key=lambda item: item[0].source_offset)
+    work = plan.by_shard()
     lock = threading.Lock()
+    commit_lock = PoisonLock()
     ring = Ring()
 
     def output_of(file: PlannedFile) -> _Output:
@@ -171,8 +166,10 @@ def transfer(
 
     def move(shard: str, stop: StopFlag) -> None:
         is_whole = shard in plan.complete_shards and shard not in durable.shards
-        items = [item for item in work[shard] if is_whole or item[0].name not in durable.tensors]
-        targets = {tensor.name: output_of(file) for tensor, file in items if tensor.name not in durable.tensors}
+        tensors = [tensor for tensor in work.pop(shard, []) if is_whole or tensor.name not in durable.tensors]
+        targets = {
+            tensor.name: output_of(plan.files[tensor.file]) for tensor in tensors if tensor.name not in durable.tensors
+        }
         path = resolve_inside(root, shard)
         hasher = hashlib.sha256(shards[shard].raw) if is_whole else None
         pieces = [
@@ -184,11 +181,11 @@ def transfer(
                 if (output := targets.get(tensor.name))
                 else None,
             )
-            for tensor, _ in items
+            for tensor in tensors
         ]
         with _unchanging(path, shards[shard]):
             digests = pump(pieces, whole=hasher, digests=True, ring=ring, progress=progress, stop=stop)
-        found = {tensor.name: chunks for (tensor, _), chunks in zip(items, digests, strict=True)}
+        found = {tensor.name: chunks for tensor, chunks in zip(tensors, digests, strict=True)}
         for name, chunks in found.items():
             if durable.tensors.get(name, durable.lost.get(name, chunks)) != chunks:
                 raise ManifestError(
@@ -201,17 +198,17 @@ def transfer(
             if output.settle():
                 finished.append(output.plan.path)
             folders |= {folder for folder in output.path.parents if folder.is_relative_to(destination)}
-        for folder in sorted(folders):
-            sync_folder(folder)
         with lock:
+            for name in finished:
+                outputs.pop(name, None)  # the other part of a cut expert may have been the last
+        with commit_lock:
+            for folder in sorted(folders):
+                sync_folder(folder)
             moved = MovedShard(name=shard, sha256=hasher.hexdigest() if hasher else None, tensors=found)
             durable.tensors.update(found)
             if moved.sha256 is not None:
                 durable.shards[shard] = moved.sha256
-            for name in finished:
-                outputs.pop(name, None)  # the other part of a cut expert may have been the last
             commit(moved)
-        del work[shard]
 
     with ThreadPoolExecutor(max_workers=1) as finisher:
         try:

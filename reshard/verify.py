@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from manifests.digest import CHUNK_BYTES
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.errors import ManifestError, ToolkitError
 from manifests.inventory import Checkpoint
 from manifests.paths import MANIFEST_NAME
-from manifests.safety import resolve_inside
+from manifests.safety import require_folder, resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
 from reshard.progress import Progress
@@ -89,7 +89,15 @@ def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Dam
             with closing(Reader(path)) as reader:
                 return list(_verify_file(entry, path.stat().st_size, _Cursor(reader, buffer), progress, stop))
         except ToolkitError as error:
-            return [Damage(path=entry.path, tensor=None, begin=0, end=entry.size, message=str(error))]
+            return [
+                Damage(
+                    path=entry.path,
+                    tensor=None,
+                    begin=0,
+                    end=entry.size,
+                    message=_sentence(error, checkpoint.root / entry.path),
+                )
+            ]
 
     return _run(look, entries, jobs)
 
@@ -101,8 +109,7 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
         SourceNotFoundError: There is no such folder.
         ManifestError: The folder is itself resharded.
     """
-    if not source.is_dir():
-        raise SourceNotFoundError(f"{source}: no such folder; give the folder that holds the original shards")
+    require_folder(source, "give the folder that holds the original shards")
     if (source / MANIFEST_NAME).exists():
         raise ManifestError(f"{source}: is resharded itself; give the folder that holds the original shards")
 
@@ -117,7 +124,7 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
                 found = path.stat().st_size
                 _hash(_Cursor(reader, buffer), 0, found, found, hasher, progress, stop)
         except ToolkitError as error:
-            return [Damage(path=name, tensor=None, begin=0, end=size, message=str(error))]
+            return [Damage(path=name, tensor=None, begin=0, end=size, message=_sentence(error, source / name))]
         if hasher.hexdigest() != expected:
             message = f"the source's sha256 is {hasher.hexdigest()}, the manifest recorded {expected}"
             return [Damage(path=name, tensor=None, begin=0, end=size, message=message)]
@@ -193,6 +200,11 @@ def _verify_file(
     if size > entry.size:
         message = f"the file has {size} bytes, the manifest says {entry.size}"
         yield Damage(path=entry.path, tensor=None, begin=entry.size, end=size, message=message)
+
+
+def _sentence(error: ToolkitError, path: Path) -> str:
+    """An error without its path in front: that stands beside it."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _damage(entry: FileEntry | Document, check: Check, message: str) -> Damage:

@@ -5,9 +5,13 @@ Reading, writing and hashing release the interpreter's lock, so threads are enou
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import TracebackType
 from typing import TypeVar
+
+from manifests.errors import ResourceError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -39,6 +43,50 @@ class StopFlag:
             raise StoppedError
 
 
+def start(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        ResourceError: The system allows no more of them.
+    """
+    with _limit_named():
+        thread.start()
+
+
+@contextmanager
+def _limit_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResourceError(
+            "the system allows no more threads; take fewer --jobs, or allow more (ulimit -u)"
+        ) from error
+
+
+class PoisonLock:
+    """A lock that nobody gets any more once its holder failed.
+
+    The kernel tells of a folder that could not be written only once: to the first who asks. The next one must not take
+    silence for success.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_poisoned = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._is_poisoned:
+            self._lock.release()
+            raise StoppedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_poisoned = kind is not None
+        self._lock.release()
+
+
 def run_all(work: Callable[[Job, StopFlag], Result], jobs: Iterable[Job], *, workers: int) -> list[Result]:
     """Run ``work(job, stop)`` for every job; return the results in the order of the jobs.
 
@@ -64,7 +112,8 @@ def run_all(work: Callable[[Job, StopFlag], Result], jobs: Iterable[Job], *, wor
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            futures = [pool.submit(counted, job) for job in jobs]
+            with _limit_named():
+                futures = [pool.submit(counted, job) for job in jobs]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             # Work is left here only after a failure or an interrupt, which may also come while jobs are submitted.

@@ -51,8 +51,8 @@ def test_what_is_no_list_of_numbers(text: str) -> None:
 PLAN_KEYS = {
     "source", "shards", "tensors", "left_out_tensors", "payload_bytes", "files", "expert_files", "needed_bytes",
     "consume_peak_bytes", "free_bytes", "needed_inodes", "free_inodes", "read_bytes_per_s", "seconds", "limited_by",
-    "auxiliary", "left_out",
-    "unknown_tensors",
+    "auxiliary", "left_out", "unknown_tensors", "state", "kept_bytes", "write_bytes", "write_files", "read_bytes",
+    "consume_needed_bytes",
 }  # fmt: skip
 
 
@@ -128,6 +128,11 @@ def test_run(program: Program, v3_folder: Path, v3_resharded: Path, tmp_path: Pa
     assert "note: a name that no rule knows: model.layers.2.gain, kept in layers/2/dense.safetensors" in result.err
     assert f"next: reshard restore {tmp_path}/b --check" in result.err
     assert program("reshard", "run", v3_folder, tmp_path / "c", "-q").err == ""
+    assert "config.json" not in result.err
+    (tmp_path / "bare").mkdir()
+    one_tensor(tmp_path / "bare", 10)
+    result = program("reshard", "run", tmp_path / "bare", tmp_path / "d")
+    assert f"note: {tmp_path}/bare has no config.json: without it the result cannot be run" in result.err
 
 
 def test_a_run_into_what_is_there(program: Program, v3_folder: Path, tmp_path: Path, tree: Tree) -> None:

@@ -99,14 +99,17 @@ def test_nothing_is_freed_for_a_checkpoint_that_was_complete_before(
 def test_discarding_is_offered_only_where_it_is_not_refused(
     consume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume):
+    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume, quiet=False):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == ""  # nothing to go on with
     (tmp_path / "reshard-journal.jsonl").touch()
-    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume):
+    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume, quiet=False):
         raise KeyboardInterrupt
     err = capsys.readouterr().err
     assert ("the same command goes on" in err, "--discard" in err) == (True, not consume)
+    with pytest.raises(KeyboardInterrupt), cli_options.continuable(tmp_path, consume=consume, quiet=True):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
 
 
 def test_a_part_cannot_consume(v3_copy: Path, tmp_path: Path, program: Program) -> None:
@@ -182,7 +185,13 @@ def test_a_codec_is_a_packing_behind_the_run(v3_folder: Path, tmp_path: Path, pr
     plain, packed = tmp_path / "plain", tmp_path / "packed"
     assert program("reshard", "run", v3_folder, plain, "-q").code == 0
     result = program("reshard", "run", v3_folder, packed, "--codec", "zstd", "--json")
-    assert (result.code, last(result)["packed_files"]) == (0, 33)
+    end = last(result)
+    assert (result.code, end["packed_files"], end["files"]) == (0, 33, 42)
+    assert [event["event"] for event in map(json.loads, result.out.splitlines())].count("end") == 1
+    text = program("reshard", "run", v3_folder, tmp_path / "shown", "--codec", "zstd")
+    first, second = text.out.splitlines()
+    assert ("42 files" in first and "/s" in first, "33 experts are packed" in second) == (True, True)
+    assert f"next: reshard restore {tmp_path}/shown --check" in text.err
     assert not list(packed.glob("layers/*/experts/*.safetensors"))
     assert program("reshard", "restore", packed, "--check", "-q").code == 0
     # Adding to it, and once more the same: a packed checkpoint is complete.

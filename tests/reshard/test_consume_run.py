@@ -384,6 +384,7 @@ def test_a_used_up_source_and_its_checkpoint(
     assert stamps(out) == before
     result = program("reshard", "run", v2_copy, tmp_path / "other")
     assert (result.code, result.err.count("\n")) == (10, 1)
+    assert "download them, or use the folder that `reshard run --consume` made of them" in result.err
     assert not (tmp_path / "other").exists()
 
 

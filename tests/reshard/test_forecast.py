@@ -60,6 +60,8 @@ def test_holes_and_the_largest_shard(plan_of: PlanOf, v3_copy: Path) -> None:
     largest.write_bytes(b"")
     os.truncate(largest, size)
     assert hole_bytes(source) == size
+    others = [shard for shard in source.shards if shard != largest.name]
+    assert (hole_bytes(source, [largest.name]), hole_bytes(source, others)) == (size, 0)
     for shard in source.shards:
         (v3_copy / shard).unlink()
     assert largest_shard(source) is None
@@ -70,7 +72,7 @@ def estimate(**changed: Any) -> tuple[float, str]:
     given: dict[str, Any] = {
         "holes": 0, "read_rate": 2 * GB, "write_rate": 1 * GB, "shares_disk": True, "hash_rate": GB, "cores": 2,
     }  # fmt: skip
-    found = estimate_reshard(600 * GB, **given | changed)
+    found = estimate_reshard(600 * GB, 600 * GB, **given | changed)
     return found.seconds, found.limit
 
 
@@ -90,6 +92,17 @@ def estimate(**changed: Any) -> tuple[float, str]:
 )
 def test_the_slowest_stage_is_the_time(changed: dict[str, Any], expected: tuple[float, str]) -> None:
     assert estimate(**changed) == expected
+
+
+def test_more_may_be_read_than_is_written() -> None:
+    found = [
+        estimate_reshard(
+            3 * GB, GB, holes=holes, read_rate=GB, write_rate=GB / 2, shares_disk=True, hash_rate=GB, cores=64
+        ).seconds
+        for holes in (0, GB, 2 * GB, 4 * GB)
+    ]
+    # Holes of what is read may be more than what is written; and they are hashed.
+    assert found == [5, 2, 1, 6 / 64]
 
 
 def test_the_share_counts_both_directions_of_one_disk() -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -242,6 +243,28 @@ def test_what_is_written_wrong_is_read_back_and_found(
     assert not (folder / made).exists()
     run(task, folder)
     assert tree(folder) == tree(end)
+
+
+def test_a_folder_that_could_not_be_written_is_forgotten_by_no_worker(
+    v2_resharded: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it only to the first who asks; the others must not delete what was made of it."""
+    folder, real, asked = copy_of(v2_resharded), packing.sync_folder, []
+    before = {path.name for path in folder.glob("layers/*/experts/*")}
+
+    def sync(path: Path) -> None:
+        if path.name == "experts":
+            asked.append(path)
+            if len(asked) == 1:
+                time.sleep(0.3)  # the others are done meanwhile
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        real(path)
+
+    monkeypatch.setattr(packing, "sync_folder", sync)
+    with pytest.raises(ToolkitError, match="Input/output error"):
+        run("pack", folder, jobs=4)
+    assert len(asked) == 1
+    assert {path.name for path in folder.glob("layers/*/experts/*.safetensors")} == before
 
 
 def test_no_space_is_called_so_when_what_was_written_is_opened(

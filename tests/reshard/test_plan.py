@@ -23,6 +23,7 @@ from manifests.names import parse_name
 from manifests.paths import parse_path, place_of
 from manifests.schema import Selection
 from manifests.summary import summarize
+from reshard import plan as plan_module
 from reshard.plan import PAGE_BYTES, Plan, SelectionError, make_plan
 from reshard.source import SourceCheckpoint
 
@@ -142,6 +143,17 @@ def test_a_header_may_take_several_pages() -> None:
     plan = make_plan(source_of(header_of(*((name, "BF16", 4) for name in names))), Selection())
     check_files(plan)
     assert plan.files[0].header_size > PAGE_BYTES
+
+
+def test_a_header_that_no_reader_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard's own is within the limit, and all of them together are not."""
+    source = source_of(*(header_of((f"model.layers.0.strange.{number}", "BF16", 4)) for number in range(100)))
+    size = make_plan(source, Selection()).files[0].header_size
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", size - 8)
+    make_plan(source, Selection())
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", size - 9)
+    with pytest.raises(ManifestError, match=f"would hold 100 tensors, and their header of {size:,} bytes is over"):
+        make_plan(source, Selection())
 
 
 @given(sources(), st.data())

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import manifests
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.schema import Selection
+from reshard import restore as restore_module
 from reshard.progress import Progress
 from reshard.restore import RestoredShard, check, restore
 
@@ -218,6 +220,25 @@ def test_an_interrupt_leaves_nothing_or_what_can_be_gone_on_from(
         code, err = stop_in_mid_run(["restore", v3_resharded, *arguments], signal.SIGINT)
         assert (code, err.splitlines()[-1], err.count("\n")) == (130, "reshard: interrupted", 3 if out.exists() else 2)
     undone_or_continued(out, {}, lambda: program("reshard", "restore", v3_resharded, out), original(tree, v3_folder))
+
+
+def test_a_folder_that_could_not_be_written_is_forgotten_by_no_worker(
+    v2_resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it only to the first who asks; the others must not record what is in it."""
+    real, asked = restore_module.sync_folders, []
+
+    def sync(folder: Path) -> None:
+        asked.append(folder)
+        if len(asked) == 2:  # the first is that of the small files
+            time.sleep(0.3)  # the others are done meanwhile
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        real(folder)
+
+    monkeypatch.setattr(restore_module, "sync_folders", sync)
+    with pytest.raises(ToolkitError, match="Input/output error"):
+        rebuild(v2_resharded, tmp_path / "out", jobs=4)
+    assert len(asked) == 2
 
 
 def test_where_not_to_restore_to(resharded_copy: Path, tmp_path: Path, program: Program, tree: Tree) -> None:

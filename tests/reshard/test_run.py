@@ -268,7 +268,7 @@ def test_a_real_limit_on_file_size(v3_folder: Path, tmp_path: Path, tree: Tree) 
 
 
 def test_too_little_room_is_found_before_anything_is_written(
-    v3_folder: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch, tree: Tree
+    v3_folder: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch, tree: Tree, plan_of: Any
 ) -> None:
     needed = program("reshard", "plan", v3_folder, "--json").json["needed_bytes"]
     real = os.statvfs
@@ -287,6 +287,10 @@ def test_too_little_room_is_found_before_anything_is_written(
         assert (result.code, result.err.count("\n")) == (15, 1)
         assert (result.out == "") is (arguments == ["run"])  # a plan is told all the same
         assert f"needs {needed:,} bytes, the disk has {room:,} free; nothing was written" in result.err
+        peak = run_module.consume_peak_bytes(*plan_of(v3_folder))
+        assert (f"--consume, which deletes each shard when it is done, needs {peak:,}" in result.err) is (
+            arguments == ["run"]
+        )
         assert tree(tmp_path) == {}
     assert set(asked) <= {str(tmp_path), str(tmp_path / "a" / "b")}
     room = needed

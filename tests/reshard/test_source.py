@@ -55,8 +55,10 @@ def test_other_weights_are_left_out_whatever_their_case(v3_copy: Path, suffix: s
 def test_what_is_no_source(v3_folder: Path, v3_resharded: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="already resharded"):
         read_source(v3_resharded)
-    for path in (tmp_path / "absent", v3_folder / "config.json", next(v3_folder.glob("model-*"))):
-        with pytest.raises(SourceNotFoundError, match="no such folder"):
+    with pytest.raises(SourceNotFoundError, match="absent: no such folder; give the folder that holds"):
+        read_source(tmp_path / "absent")
+    for path in (v3_folder / "config.json", next(v3_folder.glob("model-*"))):
+        with pytest.raises(SourceNotFoundError, match=f"{path}: not a folder; give the folder that holds"):
             read_source(path)
     with pytest.raises(SourceNotFoundError):
         read_source(tmp_path)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manifests import digest
-from manifests.errors import IntegrityError, ToolkitError
+from manifests.errors import IntegrityError, ResourceError, ToolkitError
 from reshard import blocks, streams
 from reshard.blocks import ALIGN_BYTES, Writer
 from reshard.progress import Progress
@@ -396,6 +396,28 @@ def test_the_first_failure_is_told(source: Path, ring: Ring) -> None:
     with pytest.raises(Trouble):
         flow(pieces, ring)
     assert seen == [1]  # and nothing more is tried
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 4])
+def test_a_system_without_more_threads(
+    allowed: int, source: Path, tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, real, started = Output(tmp_path / "out", PAGE), threading.Thread.start, []
+
+    def start(self: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        real(self)
+
+    piece = Piece(path=source, offset=0, size=PAGE, target=output.target(0, source.read_bytes()[:PAGE]))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ResourceError, match="allows no more threads"):
+            flow([piece], ring)
+    assert not any(thread.is_alive() for thread in started)
+    assert flow([piece], ring).bytes == PAGE  # every block is back
+    assert output.finish() == source.read_bytes()[:PAGE]
 
 
 def test_streams_share_a_ring_of_one_block(source: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 import manifests
 from manifests.errors import IntegrityError, ManifestError, ToolkitError
 from reshard import blocks
+from reshard import transfer as transfer_module
 from reshard.discard import discard
 from reshard.progress import Progress
 
@@ -152,6 +155,26 @@ def test_a_failure_leaves_no_file_open(
     with pytest.raises(ToolkitError):
         reshard_folder(v2_folder, tmp_path / "out")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_folder_that_could_not_be_written_is_forgotten_by_no_worker(
+    v2_folder: Path, tmp_path: Path, reshard_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it only to the first who asks; the others must not record what is in it."""
+    real, asked = transfer_module.sync_folder, []
+
+    def sync(folder: Path) -> None:
+        asked.append(folder)
+        if len(asked) == 1:
+            time.sleep(0.3)  # the others are done meanwhile
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        real(folder)
+
+    monkeypatch.setattr(transfer_module, "sync_folder", sync)
+    with pytest.raises(ToolkitError, match="Input/output error"):
+        reshard_folder(v2_folder, tmp_path / "out", jobs=3)
+    assert len(asked) == 1
+    assert not list(tmp_path.glob("out/*.jsonl"))
 
 
 LIMITED = """

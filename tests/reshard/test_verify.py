@@ -134,6 +134,7 @@ def test_whole_files(resharded_copy: Path, tmp_path: Path, path: str, how: str, 
     actions[how]()
     damage = look(resharded_copy)
     assert [(d.path, d.tensor, d.begin, d.end) for d in damage] == [(path, None, 0, size)]
+    assert str(target) not in damage[0].message  # it stands beside it
 
 
 @pytest.mark.parametrize("path", ["layers/1/experts/05.safetensors", "config.json", "source/index.json.zst"])
@@ -248,6 +249,7 @@ def test_against_another_source(v3_resharded: Path, v3_copy: Path) -> None:
     damaged = {names[3], names[7], names[9], "tokenizer.json", "LICENSE", "model.safetensors.index.json"}
     found = compare(v3_resharded, v3_copy)
     assert {d.path for d in found} == damaged
+    assert [d.message for d in found if d.path in (names[9], "LICENSE")] == ["no such file"] * 2
     assert len(found) == len(damaged)
 
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from reshard.workers import StopFlag, StoppedError, run_all
+from manifests.errors import ResourceError
+from reshard.workers import PoisonLock, StopFlag, StoppedError, run_all, start
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
@@ -125,3 +126,41 @@ def test_an_interrupt_while_jobs_are_still_handed_out_stops_them() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_all(work, jobs(), workers=2)  # type: ignore[arg-type]
     assert done == []
+
+
+def test_a_lock_whose_holder_failed_is_given_to_nobody() -> None:
+    lock, seen = PoisonLock(), []
+    for number in range(3):
+        with lock:
+            seen.append(number)
+    with pytest.raises(ValueError, match="the cause"), lock:
+        raise ValueError("the cause")
+    for _ in range(2):
+        with pytest.raises(StoppedError), lock:
+            seen.append(None)
+    assert seen == [0, 1, 2]
+
+
+def test_a_lock_has_one_holder_at_a_time() -> None:
+    lock, inside = PoisonLock(), 0
+
+    def work(job: int, stop: StopFlag) -> None:
+        nonlocal inside
+        with lock:
+            inside += 1
+            time.sleep(0.002)
+            assert inside == 1
+            inside -= 1
+
+    run_all(work, range(12), workers=4)
+
+
+def test_a_system_without_more_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ResourceError, match="allows no more threads"):
+        start(threading.Thread())
+    with pytest.raises(ResourceError, match="allows no more threads"):
+        run_all(lambda job, stop: None, [1], workers=1)
