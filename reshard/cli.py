@@ -105,9 +105,9 @@ def run(
         return
     if discard and not dry_run:
         discarding.discard(src, dst)
-    source, planned = look(src, dst, Selection(layers=layers, experts=experts))
+    source, planned, earlier = look(src, dst, Selection(layers=layers, experts=experts))
     if dry_run:
-        show_plan(source, planned, dst, consume=consume, as_json=as_json)
+        show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
         return
     if consume:
         check_consume(source, planned)
@@ -136,6 +136,7 @@ def run(
                 progress=progress,
                 consume=consume,
                 paranoid=paranoid,
+                known=earlier,
             )
     seconds = time.perf_counter() - started
     shares_disk = same_disk(src, dst)

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from manifests.console import format_bytes, format_seconds, json_option, print_json, printable
-from manifests.errors import ToolkitError
 from manifests.schema import Selection
 from reshard.cli_options import folder_argument, selection_options
 from reshard.consume import same_disk
@@ -18,7 +17,7 @@ from reshard.filesystem import free_inodes
 from reshard.forecast import Estimate, estimate_reshard, hashing_cores, hole_bytes, largest_shard
 from reshard.plan import Plan, make_plan
 from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
-from reshard.run import check_consume, consume_peak_bytes, needed_bytes
+from reshard.run import check_consume, consume_peak_bytes, needed_by_consuming
 from reshard.source import SourceCheckpoint, read_source
 from reshard.workers import STREAM_JOBS
 
@@ -47,17 +46,12 @@ def plan(
 
     Of what DST holds already it says so; disk, inodes and time are those of the rest.
     """
-    source, planned, earlier = _look(src, dst, Selection(layers=layers, experts=experts))
+    source, planned, earlier = look(src, dst, Selection(layers=layers, experts=experts))
     show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
 
 
-def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan]:
-    """A source, also one that an interrupted run has begun to use up, and the plan with what the destination holds."""
-    source, planned, _ = _look(src, dst, selection)
-    return source, planned
-
-
-def _look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
+def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
+    """A source, also one that an interrupted run has begun to use up; the plan; and what the destination holds."""
     earlier = Earlier()
     if dst is not None:
         check_apart(src, dst)
@@ -75,7 +69,7 @@ def show_plan(
     *,
     consume: bool,
     as_json: bool,
-    earlier: Earlier | None = None,
+    earlier: Earlier,
 ) -> None:
     """Print the plan, and then refuse a disk that is too small for it, so that the reader sees both.
 
@@ -85,7 +79,7 @@ def show_plan(
         destination: The folder; None for the disk of the source, beside which most people put it.
         consume: Whether the run would free its source.
         as_json: Whether to print one JSON document.
-        earlier: What was found in the destination; looked for when it is not given.
+        earlier: What was found in the destination.
 
     Raises:
         ResourceError: Too little room.
@@ -93,8 +87,6 @@ def show_plan(
     """
     if consume:
         check_consume(source, planned)
-    if earlier is None:
-        earlier = Earlier() if destination is None else find_earlier(source.root, destination)
     remaining = find_remaining(source, planned, earlier, destination)
     document = _describe(source, planned, destination, remaining, consume=consume)
     if as_json:
@@ -111,11 +103,11 @@ def _describe(
     source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
 ) -> dict[str, Any]:
     folder = destination or source.root
-    needed = _needed(source, planned, destination, remaining, consume=consume)
+    needed = needed_room(source, planned, destination, remaining, consume=consume)
     free = free_bytes(folder)
     by_consuming = None
-    if consume or needed > free:
-        by_consuming = _needed_by_consuming(source, planned, destination, remaining)
+    if needed > free or (consume and remaining.state != "complete"):
+        by_consuming = needed_by_consuming(source, planned, destination, remaining.durable)
     rate, estimate = _estimate(source, remaining, folder)
     seconds = 0.0 if remaining.state == "complete" else None if estimate is None else estimate.seconds
     return {
@@ -144,28 +136,6 @@ def _describe(
         "left_out": list(source.left_out),
         "unknown_tensors": dict(planned.unknown),
     }
-
-
-def _needed(
-    source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
-) -> int:
-    """Bytes that must be free."""
-    if destination is not None:
-        return needed_room(source, planned, destination, remaining, consume=consume)
-    return consume_peak_bytes(source, planned) if consume else needed_bytes(source, planned)
-
-
-def _needed_by_consuming(
-    source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining
-) -> int | None:
-    """Bytes that must be free for a run that frees its source; None where it would be refused or gain nothing."""
-    try:
-        check_consume(source, planned)
-    except ToolkitError:
-        return None
-    if not same_disk(source.root, destination or source.root):
-        return None
-    return _needed(source, planned, destination, remaining, consume=True)
 
 
 def _estimate(source: SourceCheckpoint, remaining: Remaining, folder: Path) -> tuple[float | None, Estimate | None]:

@@ -82,8 +82,14 @@ def check_inodes(destination: Path, needed: int) -> None:
 
 def used_bytes(folder: Path) -> int:
     """Bytes of the files below a folder; holes do not count."""
-    found = (os.lstat(os.path.join(below, name)) for below, _, names in os.walk(folder) for name in names)
-    return sum(min(status.st_size, status.st_blocks * 512) for status in found)
+    used = 0
+    for below, _, names in os.walk(folder):
+        for name in names:
+            # A run that is under way renames files.
+            with suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(below, name))
+                used += min(status.st_size, status.st_blocks * 512)
+    return used
 
 
 class Hold:

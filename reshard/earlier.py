@@ -76,8 +76,14 @@ class Earlier:
         return _union(self.manifest.selection, selection)
 
 
-def find_earlier(source: Path, destination: Path) -> Earlier:
+def find_earlier(source: Path, destination: Path, known: Earlier | None = None) -> Earlier:
     """Look at a destination.
+
+    Args:
+        source: The folder that is to be resharded.
+        destination: The folder to look at.
+        known: What was found there a moment ago: the same manifest is not read twice, which in a large checkpoint
+            takes more memory than all else.
 
     Raises:
         IntegrityError: Its journal is damaged.
@@ -87,7 +93,7 @@ def find_earlier(source: Path, destination: Path) -> Earlier:
     if not destination.is_dir():
         return earlier
     earlier.journal = read_journal(destination)
-    _read_manifest(earlier, destination)
+    _read_manifest(earlier, destination, known or earlier)
     if earlier.journal is not None:
         if earlier.journal.begin.get("task") != "run":
             raise ManifestError(
@@ -255,7 +261,7 @@ def describe_selection(selection: Selection) -> dict[str, list[int] | None]:
     }
 
 
-def _read_manifest(earlier: Earlier, destination: Path) -> None:
+def _read_manifest(earlier: Earlier, destination: Path, known: Earlier) -> None:
     """The manifest, also one that was set aside when an interrupted run was about to replace it."""
     path = destination / MANIFEST_NAME
     if not path.exists() and earlier.journal is not None:
@@ -263,14 +269,17 @@ def _read_manifest(earlier: Earlier, destination: Path) -> None:
     if not path.exists():
         return
     raw = path.read_bytes()
-    earlier.manifest = decode(raw, what=str(path))
     earlier.manifest_sha256 = sha256_hex(raw)
-    for file in earlier.manifest.files:
+    manifest = known.manifest if known.manifest_sha256 == earlier.manifest_sha256 else None
+    if manifest is None:
+        manifest = decode(raw, what=str(path))
+    earlier.manifest = manifest
+    for file in manifest.files:
         for tensor in file.tensors:
             if tensor.digest is not None:
                 earlier.durable.tensors[tensor.name] = tensor.chunks or (tensor.digest,)
-    if earlier.manifest.source is not None:
-        for shard in earlier.manifest.source.shards:
+    if manifest.source is not None:
+        for shard in manifest.source.shards:
             if shard.sha256 is not None:
                 earlier.durable.shards[shard.name] = shard.sha256
 

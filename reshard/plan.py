@@ -166,8 +166,8 @@ def _plan_file(number: int, path: str, place: Place, items: list[_Item], shared:
     header_size = len(_encode(entries))
     if header_size > LENGTH_BYTES + MAX_HEADER_BYTES:
         raise ManifestError(
-            f"{path} would hold {len(entries):,} tensors, and their header of {header_size:,} bytes is over the limit of "
-            f"{MAX_HEADER_BYTES:,}"
+            f"{path} would hold {len(entries):,} tensors, and their header of {header_size:,} bytes is over the limit "
+            f"of {MAX_HEADER_BYTES:,}"
         )
     tensors = tuple(
         PlannedTensor(

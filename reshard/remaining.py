@@ -6,7 +6,7 @@ what the run finds damaged in it is done again, and comes on top.
 
 import dataclasses
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ class Remaining:
         write_bytes, write_files: Payload and files with tensors that are left to write.
         read_bytes: Payload that is read for that: more, where a shard's own sha256 is still to be found.
         shards: What it is read from.
+        durable: What is believed to be there.
     """
 
     state: Literal["new", "interrupted", "part", "complete"]
@@ -43,6 +44,7 @@ class Remaining:
     write_files: int = 0
     read_bytes: int = 0
     shards: tuple[str, ...] = ()
+    durable: Durable = field(default_factory=Durable)
 
 
 def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, destination: Path | None) -> Remaining:
@@ -70,11 +72,13 @@ def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, desti
     return _count(source, plan, durable, "interrupted" if is_interrupted else "part")
 
 
-def needed_room(source: SourceCheckpoint, plan: Plan, destination: Path, remaining: Remaining, *, consume: bool) -> int:
+def needed_room(
+    source: SourceCheckpoint, plan: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
+) -> int:
     """Bytes that must be free, as the run reckons. What the run throws away first is neither free nor needed here."""
     if remaining.state == "complete":
         return 0
-    return still_needed_bytes(source, plan, destination, consume=consume, jobs=1)
+    return still_needed_bytes(source, plan, destination, remaining.durable, consume=consume, jobs=1)
 
 
 def left_inodes(source: SourceCheckpoint, plan: Plan, destination: Path, remaining: Remaining) -> int:
@@ -144,4 +148,5 @@ def _count(
         write_files=files,
         read_bytes=read,
         shards=tuple(pending_shards(source.shards, plan, durable)),
+        durable=durable,
     )

@@ -97,16 +97,46 @@ def consume_peak_bytes(source: SourceCheckpoint, plan: Plan, jobs: int = 1) -> i
     return max(0, beside) + peak_bytes(reshard_steps(plan, shard_bytes), jobs)
 
 
-def still_needed_bytes(source: SourceCheckpoint, plan: Plan, destination: Path, *, consume: bool, jobs: int) -> int:
-    """Bytes that must be free. What an earlier run has taken is no longer free, and is no longer needed."""
-    used = used_bytes(destination)
+def still_needed_bytes(
+    source: SourceCheckpoint, plan: Plan, destination: Path | None, durable: Durable, *, consume: bool, jobs: int
+) -> int:
+    """Bytes that must be free. What an earlier run has taken is no longer free, and is no longer needed.
+
+    Args:
+        source: What to reshard.
+        plan: How.
+        destination: The folder; None for a new one beside the source.
+        durable: What an earlier run has taken.
+        consume: Whether the source is freed.
+        jobs: Shards that are read at the same time.
+    """
+    used = 0 if destination is None else used_bytes(destination)
     needed = needed_bytes(source, plan)
-    if consume and same_disk(source.root, destination):
+    if consume and (destination is None or same_disk(source.root, destination)):
         # Holes are not subtracted: a little too careful, and simple.
         needed = consume_peak_bytes(source, plan, jobs)
-        freed = (header.file_bytes for shard, header in source.shards.items() if not (source.root / shard).exists())
-        used = max(0, used - sum(freed))
+        there = {shard for shard in source.shards if (source.root / shard).exists()}
+        freed = sum(header.file_bytes for shard, header in source.shards.items() if shard not in there)
+        # Taken without --consume: there twice until its shard is freed, and no part of the peak.
+        twice = sum(
+            tensor.size
+            for file in plan.files
+            for tensor in file.tensors
+            if tensor.shard in there and tensor.name in durable.tensors
+        )
+        used = max(0, used - freed - twice)
     return max(0, needed - used)
+
+
+def needed_by_consuming(source: SourceCheckpoint, plan: Plan, destination: Path | None, durable: Durable) -> int | None:
+    """Bytes that must be free for a run that frees its source; None where it would be refused or gain nothing."""
+    try:
+        check_consume(source, plan)
+    except ToolkitError:
+        return None
+    if destination is not None and not same_disk(source.root, destination):
+        return None
+    return still_needed_bytes(source, plan, destination, durable, consume=True, jobs=1)
 
 
 def check_consume(source: SourceCheckpoint, plan: Plan) -> None:
@@ -132,6 +162,7 @@ def reshard_checkpoint(
     progress: Progress,
     consume: bool = False,
     paranoid: bool = False,
+    known: Earlier | None = None,
 ) -> Outcome:
     """Write a resharded checkpoint: into an empty or new folder, or on from where an earlier run stopped.
 
@@ -143,6 +174,7 @@ def reshard_checkpoint(
         progress: Counts payload bytes.
         consume: Whether to free each shard when all of it is durable.
         paranoid: Whether to hash what an earlier run left before trusting it.
+        known: What was found in the destination when the plan was made.
 
     Raises:
         LockedError: Another process writes there.
@@ -158,7 +190,7 @@ def reshard_checkpoint(
             locks.enter_context(lock_folder(source.root))
         hold = locks.enter_context(hold_folder(destination))
         run = _Run(source, plan, destination, jobs=jobs, progress=progress, consume=consume, paranoid=paranoid)
-        outcome = run.execute(hold)
+        outcome = run.execute(hold, known)
     sync_folder(destination.parent)
     return outcome
 
@@ -185,9 +217,9 @@ class _Run:
         self._consume = consume
         self._paranoid = paranoid
 
-    def execute(self, hold: Hold) -> Outcome:
+    def execute(self, hold: Hold, known: Earlier | None) -> Outcome:
         """From what is there to a complete checkpoint."""
-        earlier = find_earlier(self._source.root, self._destination)
+        earlier = find_earlier(self._source.root, self._destination, known)
         if earlier.is_finished:
             # Stopped between the last two steps; then this may still be a wider run than that one.
             sync_folder(self._destination)
@@ -218,8 +250,7 @@ class _Run:
                 progress=self._progress,
             )
         kept = self._kept_bytes(durable)
-        needed = still_needed_bytes(self._source, self._plan, self._destination, consume=self._consume, jobs=self._jobs)
-        self._check_room(needed)
+        self._check_room(durable)
         if earlier.journal is None and earlier.manifest is None:
             check_inodes(self._destination, needed_inodes(self._source, self._plan))
             hold.own()
@@ -245,16 +276,18 @@ class _Run:
             kept_bytes=kept,
         )
 
-    def _check_room(self, needed: int) -> None:
+    def _check_room(self, durable: Durable) -> None:
+        wanted = still_needed_bytes(
+            self._source, self._plan, self._destination, durable, consume=self._consume, jobs=self._jobs
+        )
         try:
-            check_room(self._destination, needed)
+            check_room(self._destination, wanted)
         except ResourceError as error:
-            if self._consume or self._plan.left_out_tensors or not same_disk(self._source.root, self._destination):
+            least = needed_by_consuming(self._source, self._plan, self._destination, durable)
+            if self._consume or least is None or least >= wanted:
                 raise
-            peak = consume_peak_bytes(self._source, self._plan)
-            raise ResourceError(
-                f"{error}; --consume, which deletes each shard when it is done, needs {peak:,}"
-            ) from None
+            how = f"--consume, which deletes each shard when it is done, needs {least:,}"
+            raise ResourceError(f"{error}; {how}") from error
 
     def _has_all(self, earlier: Earlier) -> bool:
         """Whether nothing is left to do; refuses what is there when it is not what this run can go on with."""

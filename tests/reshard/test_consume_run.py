@@ -19,6 +19,7 @@ from manifests.schema import Selection
 from reshard import restore as restore_module
 from reshard import run as run_module
 from reshard.blocks import Reader
+from reshard.earlier import find_earlier
 from reshard.lock import lock_folder
 from reshard.plan import SelectionError
 from reshard.progress import Progress
@@ -246,6 +247,26 @@ def test_no_more_disk_is_taken_than_was_said(
     journal = 200 * (len(source.shards) + 2)
     assert taken.peak <= said + journal
     assert said < 0.6 * whole
+
+
+@pytest.mark.parametrize("first", ["part", "interrupted"])
+def test_what_was_taken_without_consuming_is_no_room_for_it(
+    first: str, v3_copy: Path, tmp_path: Path, plan_of: Any, reshard_folder: Reshard, stop_after: Any
+) -> None:
+    """It is there twice until its shards are freed."""
+    out = tmp_path / "out"
+    if first == "part":
+        reshard_folder(v3_copy, out, Selection(layers=(0, 1, 3)))
+    else:
+        with stop_after(25):
+            reshard_folder(v3_copy, out, jobs=1)
+    source, plan = plan_of(v3_copy)
+    durable = find_earlier(v3_copy, out).durable
+    said = run_module.still_needed_bytes(source, plan, out, durable, consume=True, jobs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        taken = Taken(patch, run_module)
+        reshard_folder(v3_copy, out, jobs=1, consume=True)
+    assert 0 < taken.peak <= said <= run_module.consume_peak_bytes(source, plan)
 
 
 def free_space(patch: pytest.MonkeyPatch, room: int) -> None:

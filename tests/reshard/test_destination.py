@@ -234,6 +234,20 @@ def test_used_bytes(tmp_path: Path) -> None:
     assert 5000 <= used_bytes(tmp_path) < 6000
 
 
+def test_a_file_that_is_renamed_meanwhile_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "a.partial", bytes(5000))
+    write_file(tmp_path / "b", bytes(5000))
+    real = os.lstat
+
+    def lstat(path: Any) -> Any:
+        if str(path).endswith(".partial"):
+            (tmp_path / "a.partial").rename(tmp_path / "a")
+        return real(path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert 5000 <= used_bytes(tmp_path) < 6000
+
+
 def test_a_small_file_that_is_there_already_is_not_copied_again(tmp_path: Path) -> None:
     write_file(tmp_path / "a", b"content")
     first = copy_file(tmp_path / "a", tmp_path / "b")

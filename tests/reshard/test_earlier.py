@@ -150,6 +150,20 @@ def test_a_checkpoint_whose_source_is_used_up(v2_copy: Path, tmp_path: Path, res
     assert find_earlier(tmp_path / "nowhere", out).freed == {}
 
 
+def test_a_manifest_that_is_known_is_not_read_twice(
+    v2_folder: Path, v2_resharded: Path, v3_resharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = find_earlier(v2_folder, v2_resharded), find_earlier(v2_folder, v3_resharded)
+    read = []
+    monkeypatch.setattr(
+        earlier_module, "decode", lambda raw, *, what: read.append(what) or manifests.storage.decode(raw, what=what)
+    )
+    assert find_earlier(v2_folder, v2_resharded, first) == first
+    assert read == []
+    assert find_earlier(v2_folder, v2_resharded, other) == first
+    assert read == [str(v2_resharded / "manifest.json")]
+
+
 def change_header(path: Path) -> None:
     before = path.stat()
     path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"'))
