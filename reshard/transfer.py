@@ -69,22 +69,33 @@ class _Output:
         self._finished: Future[None] | None = None
         self._lock = threading.Lock()
         self._writer: Writer | None = None
+        self._failure: BaseException | None = None
 
     def open(self) -> Writer:
         """The file's writer; the first caller creates the file and writes its header."""
         with self._lock:
+            if self._failure is not None:
+                # Not once more: that would fail otherwise, and hide why.
+                raise self._failure
             if self._writer is None:
-                writer = Writer(self.path, self.plan.size, adopt=self._adopts)
                 try:
-                    writer.write(self.plan.header, 0)
-                except BaseException:
-                    # Nobody may go on with a file that has no header.
-                    writer.close()
+                    self._writer = self._create()
+                except BaseException as error:
+                    self._failure = error
                     raise
-                self._writer = writer
                 layer = self.plan.place.layer
                 self._progress.at("model" if layer is None else f"layer {layer}")
             return self._writer
+
+    def _create(self) -> Writer:
+        writer = Writer(self.path, self.plan.size, adopt=self._adopts)
+        try:
+            writer.write(self.plan.header, 0)
+        except BaseException:
+            # Nobody may go on with a file that has no header.
+            writer.close()
+            raise
+        return writer
 
     def written(self) -> None:
         """Note a tensor as written; the last one finishes the file."""

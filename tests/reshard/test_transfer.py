@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import manifests
-from manifests.errors import IntegrityError, ManifestError, ToolkitError
+from manifests.errors import IntegrityError, ManifestError, ResourceError, ToolkitError
 from reshard import blocks
 from reshard import transfer as transfer_module
 from reshard.discard import discard
@@ -155,6 +156,19 @@ def test_a_failure_leaves_no_file_open(
     with pytest.raises(ToolkitError):
         reshard_folder(v2_folder, tmp_path / "out")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_file_that_could_not_be_begun_is_not_begun_again(
+    v2_folder: Path, tmp_path: Path, plan_of: Any, fail_call: Callable[..., Any]
+) -> None:
+    """By the other shard that has a part of it: it would only find that the file exists."""
+    plan = plan_of(v2_folder)[1]
+    with Progress(0, label="", quiet=True) as progress, ThreadPoolExecutor() as finisher:
+        output = transfer_module._Output(plan.files[0], tmp_path, transfer_module.Durable(), finisher, progress)
+        fail_call("pwrite", 1, errno.ENOSPC)
+        for _ in range(2):
+            with pytest.raises(ResourceError, match="no space left"):
+                output.open()
 
 
 def test_a_folder_that_could_not_be_written_is_forgotten_by_no_worker(
