@@ -56,12 +56,8 @@ run-inference: $(VENV)/.base
 	fi; \
 	if [ -f "$$model/manifest.json" ]; then \
 	    out=$$model; \
-	elif [ -f "$${out:=$$model-experts}/manifest.json" ]; then \
-	    cmp -s "$$model/config.json" "$$out/config.json" && $(BIN)/manifests diff "$$model" "$$out" >/dev/null 2>&1 || \
-	        { echo "$$out was made from another checkpoint than $$model; choose another OUT" >&2; exit 1; }; \
-	    echo "using $$out, resharded earlier" >&2; \
 	else \
-	    $(BIN)/reshard run "$$model" "$$out"; \
+	    $(BIN)/reshard run "$$model" "$${out:=$$model-experts}"; \
 	fi; \
 	$(BIN)/manifests show "$$out"; \
 	printf '\n%s' "$$PROMPT"; \

@@ -3,11 +3,16 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from runner import demo
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -58,3 +63,36 @@ def test_from_shards_to_text_and_back(tmp_path: Path) -> None:
     assert "all 163 source shards" in checked.stdout
     assert run("reshard", "restore", experts, back).returncode == 0
     assert sha256_of(back) == before == sha256_of(source)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_make_run_inference_reshards_once_and_never_mixes_models(tmp_path: Path) -> None:
+    source, out = shutil.copytree(demo.path(), tmp_path / "model"), tmp_path / "model-experts"
+    bin_folder = Path(sys.executable).parent
+
+    def make() -> subprocess.CompletedProcess[str]:
+        # -o: what is installed here is taken as it is.
+        return subprocess.run(
+            ["make", "-o", ".venv/.base", f"BIN={bin_folder}", "run-inference", f"MODEL={source}", "TOKENS=1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    first = make()
+    assert first.returncode == 0, first.stderr
+    assert f"{out}: 265 files" in first.stdout
+    assert "def read_lines(path" in first.stdout
+    again = make()
+    assert again.returncode == 0, again.stderr
+    assert "all of it was there already" in again.stdout
+    shard = source / "model-00001-of-000163.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    mixed = make()
+    assert mixed.returncode != 0
+    assert "holds another model than" in mixed.stderr
+    assert "def read_lines" not in mixed.stdout
