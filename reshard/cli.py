@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from manifests.console import Group, format_bytes, format_seconds, printable, quiet_option
+from manifests.safety import require_folder
 from manifests.schema import Selection
 from reshard import discard as discarding
 from reshard.blocks import BLOCK_BYTES
@@ -24,12 +25,11 @@ from reshard.cli_options import (
     stream_jobs,
     streams_option,
 )
-from reshard.cli_packing import pack, pack_folder, unpack
+from reshard.cli_packing import finish_packing, pack, pack_folder, unpack
 from reshard.cli_plan import look, plan, show_plan, unknown_lines
 from reshard.consume import same_disk
 from reshard.disk import measure_read_rate
 from reshard.forecast import hole_bytes, largest_shard, share_of_disk
-from reshard.packing import interrupted_task
 from reshard.plan import Plan
 from reshard.run import Outcome, check_consume, reshard_checkpoint
 from reshard.source import SourceCheckpoint
@@ -97,21 +97,26 @@ def run(
     At the end it says how fast it was, as a share of the rate at which the source's disk was read just before; where
     source and destination share that disk, reading and writing count together.
     """
-    events = EventStream(enabled=as_json)
-    interrupted = interrupted_task(dst)
-    if interrupted is not None and not (dry_run or discard or layers or experts) and src.is_dir():
-        # All is there, but for what became of it later. Whoever asks for anything else is told to finish that first.
-        pack_folder(dst, events, interrupted if codec is None else "pack", quiet=quiet)
-        return
-    if discard and not dry_run:
+    if dry_run and discard:
+        raise click.UsageError("--dry-run writes nothing, and --discard removes what is there: leave out one of them")
+    events, selection = EventStream(enabled=as_json), Selection(layers=layers, experts=experts)
+    is_confirmed = False
+    if discard:
+        # What could not be made again must not go, nor anything for a command that is refused or not meant.
+        discarding.check_discardable(src, dst)
+        source, planned, _ = look(src, None, selection)
+        is_confirmed = _confirm(source, planned, consume=consume, yes=yes)
         discarding.discard(src, dst)
-    source, planned, earlier = look(src, dst, Selection(layers=layers, experts=experts))
+    elif not dry_run:
+        # All was there before it became this: then the command goes on as with any complete checkpoint.
+        require_folder(src, "give the folder that holds the checkpoint's shards")
+        finish_packing(dst, events, quiet=quiet)
+    source, planned, earlier = look(src, dst, selection)
     if dry_run:
         show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
         return
-    if consume:
-        check_consume(source, planned)
-        confirm_consume(src, yes=yes)
+    if not is_confirmed:
+        _confirm(source, planned, consume=consume, yes=yes)
     remarks = _remarks(source, planned)
     read_rate = _measure(source, planned)
     started = time.perf_counter()
@@ -175,6 +180,14 @@ def _advise(dst: Path, planned: Plan, remarks: list[str]) -> None:
     if planned.selection.is_everything:
         path = printable(shlex.quote(str(dst)))
         click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
+
+
+def _confirm(source: SourceCheckpoint, planned: Plan, *, consume: bool, yes: bool) -> bool:
+    """Whether it may begin; refuses what cannot be consumed, and asks."""
+    if consume:
+        check_consume(source, planned)
+        confirm_consume(source.root, yes=yes)
+    return True
 
 
 def _measure(source: SourceCheckpoint, planned: Plan) -> float | None:

@@ -158,17 +158,13 @@ def restore(
         raise click.UsageError("give either a folder OUT or --check")
     if out is None and (consume or discard or paranoid):
         raise click.UsageError("--check writes nothing: --consume, --discard and --paranoid go with a folder OUT")
-    if out is not None and discard:
-        discarding.discard(dst, out)
+    is_confirmed = out is not None and discard and _discard(dst, out, consume=consume, yes=yes)
     events = EventStream(enabled=as_json)
     if out is not None and restoring.clean_up_restored(dst, out):
-        if as_json:
-            events.end({"path": str(out), "shards": []})
-        else:
-            click.echo(f"{printable(str(out))}: was restored before; what was left of {printable(str(dst))} is removed")
+        _tell_cleaned(dst, out, events)
         return
     checkpoint = inventory.open(dst) if out is None else restoring.open_restored(dst, out)
-    if consume:
+    if consume and not is_confirmed:
         confirm_consume(dst, yes=yes)
     total = sum(shard.size for shard in require_source(checkpoint).shards)
     label = "check" if out is None else "restore"
@@ -195,3 +191,20 @@ def restore(
     else:
         text = f"{out}: {len(restored)} shards ({size}) rebuilt, every sha256 is the original's"
     click.echo(printable(text))
+
+
+def _discard(dst: Path, out: Path, *, consume: bool, yes: bool) -> bool:
+    """Remove what an interrupted restore left; whether it was asked if files may be deleted."""
+    discarding.check_discardable(dst, out)
+    if consume:
+        confirm_consume(dst, yes=yes)
+    discarding.discard(dst, out)
+    return True
+
+
+def _tell_cleaned(dst: Path, out: Path, events: EventStream) -> None:
+    if events.enabled:
+        events.begin(command="restore", source=str(dst), path=str(out))
+        events.end({"path": str(out), "shards": []})
+    else:
+        click.echo(f"{printable(str(out))}: was restored before; what was left of {printable(str(dst))} is removed")

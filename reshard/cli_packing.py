@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from manifests.console import format_bytes, printable, quiet_option
+from manifests.schema import Manifest
 from reshard import packing
 from reshard.cli_events import EventStream
 from reshard.cli_options import events_option, folder_argument, jobs_option
@@ -56,11 +57,7 @@ def pack_folder(
     result: Mapping[str, Any] | None = None,
 ) -> None:
     """Do one of the two, and show it, together with the result of what went before."""
-    total = packing.expert_bytes(dst)
-    with events.show_progress(total, label=task, quiet=quiet) as progress:
-        progress.event("begin", command=task, path=str(dst), total_bytes=total)
-        work = packing.pack if task == "pack" else packing.unpack
-        manifest = work(dst, jobs=jobs, progress=progress)
+    manifest = _convert(dst, events, task, quiet=quiet, jobs=jobs)
     packed = [file for file in manifest.files if file.codec != "none"]
     stored, plain = sum(file.size for file in packed), sum(file.unpacked_size for file in packed)
     if events.enabled:
@@ -78,3 +75,18 @@ def pack_folder(
         click.echo(f"{printable(str(dst))}: {len(packed):,} experts are packed, {share}; `reshard unpack` undoes it")
     else:
         click.echo(f"{printable(str(dst))}: all experts are plain files")
+
+
+def finish_packing(dst: Path, events: EventStream, *, quiet: bool) -> None:
+    """Bring one to its end that was interrupted; nothing happens when none was."""
+    task = packing.interrupted_task(dst)
+    if task is not None:
+        _convert(dst, events, task, quiet=quiet, jobs=DEFAULT_JOBS)
+
+
+def _convert(dst: Path, events: EventStream, task: Task, *, quiet: bool, jobs: int) -> Manifest:
+    total = packing.expert_bytes(dst)
+    with events.show_progress(total, label=task, quiet=quiet) as progress:
+        progress.event("begin", command=task, path=str(dst), total_bytes=total)
+        work = packing.pack if task == "pack" else packing.unpack
+        return work(dst, jobs=jobs, progress=progress)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -80,15 +81,14 @@ def check_inodes(destination: Path, needed: int) -> None:
         )
 
 
-def used_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder; holes do not count."""
+def used_bytes(folder: Path, paths: Iterable[str]) -> int:
+    """Bytes that these files of a folder take, finished or not; holes do not count, nor what is not there."""
     used = 0
-    for below, _, names in os.walk(folder):
-        for name in names:
-            # A run that is under way renames files.
-            with suppress(FileNotFoundError):
-                status = os.lstat(os.path.join(below, name))
-                used += min(status.st_size, status.st_blocks * 512)
+    for path in paths:
+        for candidate in (folder / path, temporary_path(folder / path)):
+            with suppress(OSError):
+                status = os.lstat(candidate)
+                used += min(status.st_size, status.st_blocks * 512) if stat.S_ISREG(status.st_mode) else 0
     return used
 
 

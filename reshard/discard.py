@@ -12,7 +12,7 @@ from manifests.digest import sha256_hex
 from manifests.errors import SourceNotFoundError, ToolkitError
 from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX, parse_path
 from manifests.schema import Manifest
-from manifests.storage import decode, sync_folder
+from manifests.storage import decode, load, sync_folder
 from reshard.destination import empty_folder
 from reshard.documents import write_index
 from reshard.earlier import check_begin
@@ -35,17 +35,29 @@ def discard(source: Path, destination: Path) -> None:
     if not (destination / JOURNAL_NAME).exists():
         return
     with lock_folder(destination):
+        check_discardable(source, destination)
         begin = read_begin(destination)
-        if begin.get("task") not in ("run", "restore"):
-            raise ToolkitError(
-                f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
-            )
-        _require_whole(source, destination, begin, may_have_freed=_may_have_freed(destination))
         kept = _manifest_before(destination, begin.get("widens"))
         if kept is None:
             empty_folder(destination)
         else:
             _remove_added(destination, kept)
+
+
+def check_discardable(source: Path, destination: Path) -> None:
+    """Refuse to remove what could not be made again; nothing to remove is no reason.
+
+    Raises:
+        ToolkitError, SourceNotFoundError: See `discard`.
+    """
+    if not (destination / JOURNAL_NAME).exists():
+        return
+    begin = read_begin(destination)
+    if begin.get("task") not in ("run", "restore"):
+        raise ToolkitError(
+            f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
+        )
+    _require_whole(source, destination, begin, may_have_freed=_may_have_freed(destination))
 
 
 def _may_have_freed(destination: Path) -> bool:
@@ -63,8 +75,10 @@ def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any], *,
     """
     if begin.get("task") == "restore":
         manifest = source / MANIFEST_NAME
-        gone = [] if manifest.exists() else [MANIFEST_NAME]
-        others = [] if gone or sha256_hex(manifest.read_bytes()) == begin.get("manifest") else [MANIFEST_NAME]
+        is_there = manifest.exists()
+        is_same = is_there and sha256_hex(manifest.read_bytes()) == begin.get("manifest")
+        others = [MANIFEST_NAME] if is_there and not is_same else []
+        gone = [] if others and may_have_freed else _missing_files(source) if is_there else [MANIFEST_NAME]
     else:
         check_begin(begin, destination)
         shards = {shard["name"]: (shard["size"], shard["mtime_ns"]) for shard in begin["shards"]}
@@ -85,6 +99,12 @@ def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any], *,
             f"{source / others[0]}: is not the file that was read into {destination}, which --consume may have freed; "
             f"give its folder, or delete {destination} yourself if nothing in it is needed"
         )
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """Files of a resharded checkpoint that are not there, or not with their size."""
+    files = [(file.path, folder / file.path, file.size) for file in load(folder).files]
+    return [name for name, path, size in files if not (path.is_file() and path.stat().st_size == size)]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -159,7 +159,8 @@ class _Examination:
         can_write = found is not None
         self._earlier = found or self._earlier
         planned = self._attempt("source", self._check_source)
-        can_write = self._attempt("destination", lambda: self._check_destination(planned)) is not None and can_write
+        if can_write:
+            can_write = self._attempt("destination", lambda: self._check_destination(planned)) is not None
         self._attempt("file system", self._check_file_system)
         if can_write:
             self._attempt("writing", self._check_writing)

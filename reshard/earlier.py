@@ -4,6 +4,7 @@ Looks and decides; writes nothing.
 """
 
 import os
+import shlex
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from reshard.plan import Plan, PlannedTensor, SelectionError
 from reshard.progress import Progress
 from reshard.saved import read_saved_headers
 from reshard.source import SourceCheckpoint
-from reshard.transfer import Durable
+from reshard.transfer import Durable, pending_shards
 
 SAMPLE_BYTES = 64 << 20
 """Compared of a source before it is taken for the one that a checkpoint was made from."""
@@ -138,24 +139,29 @@ def require_same_task(earlier: Earlier, source: SourceCheckpoint, plan: Plan, de
             f"{destination}: a run with {_options(begin['selection'])} was interrupted here; "
             "give the same to continue it, or --discard to start again"
         )
+    again = _how_to_begin_again(earlier)
     known = {shard["name"]: shard for shard in begin["shards"]}
-    recorded = {record.get("shard") for record in earlier.journal.records}
-    for shard in describe_source(source):
-        before = known.pop(shard["name"], None)
-        path = source.root / shard["name"]
+    now = {shard["name"]: shard for shard in describe_source(source)}
+    for name, shard in now.items():
+        before = known.get(name)
         if before is None or any(shard[key] != before[key] for key in before if key != "mtime_ns"):
-            raise _changed(path, destination)
-        if shard["mtime_ns"] not in (None, before["mtime_ns"]) and shard["name"] not in recorded:
-            seconds, nanoseconds = divmod(before["mtime_ns"] or 0, 10**9)
-            raise ManifestError(
-                f"{path}: was written anew since the interrupted run into {destination} began, and nothing was taken "
-                f"from it to compare; if it is the same, say so with `touch -d @{seconds}.{nanoseconds:09} FILE`; if "
-                "not, --discard starts again"
-            )
-    if known:
+            raise _changed(source.root / name, destination, again)
+    if missing := known.keys() - now.keys():
         raise ManifestError(
-            f"{source.root}: has no {min(known)}, which the interrupted run into {destination} read; "
-            "give the same source, or --discard to start again"
+            f"{source.root}: has no {min(missing)}, which the interrupted run into {destination} read; "
+            f"give the same source{again}"
+        )
+    times = {name: shard["mtime_ns"] for name, shard in now.items() if shard["mtime_ns"] is not None}
+    new = [name for name, time_ns in times.items() if time_ns != known[name]["mtime_ns"]]
+    unread = [name for name in pending_shards(source.shards, plan, earlier.durable) if name in new]
+    # All of them new: a copy of the whole folder, which is known by what was taken from it.
+    if unread and (len(new) < len(times) or len(unread) == len(new)):
+        seconds, nanoseconds = divmod(known[unread[0]]["mtime_ns"] or 0, 10**9)
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        raise ManifestError(
+            f"{source.root / unread[0]}{more}: was written anew since the interrupted run into {destination} began, "
+            "and has not been read; if it is the same file, give it its time back, as with `touch -d "
+            f"@{seconds}.{nanoseconds:09} {shlex.quote(str(source.root / unread[0]))}`{again}"
         )
 
 
@@ -182,14 +188,18 @@ def require_taken_bytes(
     ):
         progress.at(f"compare {tensor.shard}")
         if _digests(source.root, tensor, progress) != earlier.durable.tensors[tensor.name]:
-            raise _changed(source.root / tensor.shard, destination)
+            raise _changed(source.root / tensor.shard, destination, _how_to_begin_again(earlier))
 
 
-def _changed(path: Path, destination: Path) -> ManifestError:
+def _changed(path: Path, destination: Path, again: str) -> ManifestError:
     return ManifestError(
-        f"{path}: is not the file that the interrupted run into {destination} read; "
-        "give the same source, or --discard to start again"
+        f"{path}: is not the file that the interrupted run into {destination} read; give the same source{again}"
     )
+
+
+def _how_to_begin_again(earlier: Earlier) -> str:
+    """Not when a part of the source may be here alone."""
+    return "" if earlier.consumes else ", or --discard to start again"
 
 
 def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, destination: Path) -> None:
@@ -217,6 +227,16 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
                 f"{destination}: holds another model than {source.root}: tensor {tensor.name!r} differs; choose a new "
                 "or empty folder"
             )
+
+
+def require_plain(manifest: Manifest, destination: Path) -> None:
+    """Refuse to add to a checkpoint whose experts are packed.
+
+    Raises:
+        ToolkitError: They are.
+    """
+    if any(file.codec != "none" for file in manifest.files):
+        raise ToolkitError(f"{destination}: is packed; `reshard unpack` it before adding to it")
 
 
 def _digests(root: Path, tensor: PlannedTensor, progress: Progress | None = None) -> tuple[str, ...]:
@@ -357,13 +377,15 @@ def _freed_headers(source: Path, destination: Path, journal: JournalContents, du
 
 
 def _used_up_headers(source: Path, checkpoint: Checkpoint) -> Mapping[str, Header]:
-    """Headers of a source of which no shard is left, because the run that ended here used it up."""
+    """Headers of shards that are no longer there, of a source of which all is here: nothing of them is needed."""
     known = checkpoint.manifest.source
-    if known is None or not checkpoint.manifest.selection.is_everything:
+    if known is None or not checkpoint.manifest.selection.is_everything or not source.is_dir():
         return {}
-    if not source.is_dir() or any(os.path.lexists(source / shard.name) for shard in known.shards):
+    gone = [shard.name for shard in known.shards if not os.path.lexists(source / shard.name)]
+    if not gone:
         return {}
-    return read_saved_headers(checkpoint)
+    headers = read_saved_headers(checkpoint)
+    return {name: headers[name] for name in gone}
 
 
 def _union(held: Selection, more: Selection) -> Selection:

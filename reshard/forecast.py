@@ -31,7 +31,7 @@ class Estimate:
 
 def needed_inodes(source: SourceCheckpoint, plan: Plan) -> int:
     """Files and folders that a run makes in a new destination, itself included."""
-    return len(_made_paths(source, plan))
+    return len(made_paths(source, plan))
 
 
 def missing_inodes(source: SourceCheckpoint, plan: Plan, destination: Path) -> int:
@@ -41,11 +41,11 @@ def missing_inodes(source: SourceCheckpoint, plan: Plan, destination: Path) -> i
         below = os.path.relpath(folder, destination)
         there.add(below)
         there |= {os.path.normpath(f"{below}/{name.removesuffix(TEMP_SUFFIX)}") for name in names}
-    return len(_made_paths(source, plan) - there)
+    return len(made_paths(source, plan) - there)
 
 
-def _made_paths(source: SourceCheckpoint, plan: Plan) -> set[str]:
-    """Relative paths of files and folders."""
+def made_paths(source: SourceCheckpoint, plan: Plan) -> set[str]:
+    """Relative paths of all files and folders that a run makes."""
     files = {*(file.path for file in plan.files), *(file.path for file in source.auxiliary)}
     files |= {*header_paths(source.shards).values(), INDEX_NAME, MANIFEST_NAME, JOURNAL_NAME}
     if source.index is not None:

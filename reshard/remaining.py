@@ -11,11 +11,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-from manifests.errors import IntegrityError, ToolkitError
 from reshard.blocks import temporary_path
-from reshard.earlier import Earlier, require_same_documents, require_same_source, require_same_task
+from reshard.earlier import (
+    Earlier,
+    require_plain,
+    require_same_documents,
+    require_same_source,
+    require_same_task,
+)
 from reshard.forecast import missing_inodes, needed_inodes
 from reshard.plan import Plan
+from reshard.resume import require_sources
 from reshard.run import still_needed_bytes
 from reshard.source import SourceCheckpoint
 from reshard.transfer import Durable, pending_shards
@@ -64,8 +70,7 @@ def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, desti
         require_same_source(_sampled(earlier, plan), source, plan, destination)
         if earlier.widen(plan.selection) == earlier.manifest.selection:
             return Remaining(state="complete", kept_bytes=plan.payload_bytes)
-        if any(file.codec != "none" for file in earlier.manifest.files):
-            raise ToolkitError(f"{destination}: is packed; `reshard unpack` it before adding to it")
+        require_plain(earlier.manifest, destination)
     if earlier.manifest is not None:
         require_same_documents(earlier, source, destination)
     durable = _believed(source, plan, earlier.durable, destination)
@@ -108,12 +113,7 @@ def _believed(source: SourceCheckpoint, plan: Plan, durable: Durable, destinatio
         where = path if path.exists() else temporary_path(path)
         if claimed and _size(where) == file.size:
             tensors.update((name, durable.tensors[name]) for name in claimed)
-        for tensor in file.tensors:
-            if tensor.shard in gone and tensor.name not in tensors:
-                raise IntegrityError(
-                    f"{where}: tensor {tensor.name!r} is damaged, and {tensor.shard}, which it came from, was freed; "
-                    f"put a good copy of {file.path} there and run again"
-                )
+        require_sources(where, file, tensors, gone)
     return Durable(tensors=tensors, shards=durable.shards)
 
 

@@ -207,7 +207,7 @@ class _Restore:
         else:
             self._require_same(contents)
             done = self._recorded(contents)
-        self._check_room()
+        self._check_room(done)
         if contents is not None:
             journal = contents.reopen()
         else:
@@ -305,18 +305,22 @@ class _Restore:
                 )
         return found
 
-    def _check_room(self) -> None:
+    def _check_room(self, done: Mapping[str, RestoredShard]) -> None:
         """What an earlier restore has taken is no longer free, and is no longer needed."""
-        used = used_bytes(self._out)
+        documents = _kept_documents(self._checkpoint)
+        names = [document.source_name or document.path for document in documents]
+        used = used_bytes(self._out, [*(shard.name for shard in self._shards), *names, JOURNAL_NAME])
         files = self._checkpoint.manifest.files
         there = [file for file in files if (self._checkpoint.root / file.path).exists()]
         if self._consume and same_disk(self._checkpoint.root, self._out):
             needed = consume_peak_bytes(self._checkpoint, self._headers, self._jobs)
-            used = max(0, used - sum(file.size for file in files) + sum(file.size for file in there))
+            freed = sum(file.size for file in files) - sum(file.size for file in there)
+            # Restored without --consume: there twice until its files are freed, and no part of the peak.
+            used = max(0, used - max(freed, sum(shard.size for shard in done.values())))
         else:
             holes = sum(file.size - data_bytes(self._checkpoint.root / file.path) for file in there)
-            documents = sum(document.content_size for document in _kept_documents(self._checkpoint))
-            needed = max(0, sum(shard.size for shard in self._shards) - holes) + documents
+            needed = max(0, sum(shard.size for shard in self._shards) - holes)
+            needed += sum(document.content_size for document in documents)
         check_room(self._out, max(0, needed - used))
 
     def _set_aside(self) -> None:

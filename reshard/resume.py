@@ -55,7 +55,7 @@ def check_claims(
         wrong = _wrong_tensors(where, doubted, durable, progress) if _has_size(where, file.size) else claimed
         for tensor in wrong:
             durable.lost[tensor.name] = durable.tensors.pop(tensor.name)
-        _require_sources(where, file, durable, gone_shards)
+        require_sources(where, file, durable.tensors, gone_shards)
         right = len(claimed) - len(wrong)
         if not right:
             path.unlink(missing_ok=True)
@@ -71,9 +71,14 @@ def check_claims(
             partial.unlink(missing_ok=True)
 
 
-def _require_sources(where: Path, file: PlannedFile, durable: Durable, gone_shards: Collection[str]) -> None:
+def require_sources(where: Path, file: PlannedFile, durable: Collection[str], gone_shards: Collection[str]) -> None:
+    """Refuse to go on when a tensor of a file is neither durable nor to be had from its shard.
+
+    Raises:
+        IntegrityError: With what to do.
+    """
     for tensor in file.tensors:
-        if tensor.shard in gone_shards and tensor.name not in durable.tensors:
+        if tensor.shard in gone_shards and tensor.name not in durable:
             raise IntegrityError(
                 f"{where}: tensor {tensor.name!r} is damaged, and {tensor.shard}, which it came from, was freed; "
                 f"put a good copy of {file.path} there and run again"

@@ -33,12 +33,13 @@ from reshard.earlier import (
     describe_selection,
     describe_source,
     find_earlier,
+    require_plain,
     require_same_documents,
     require_same_source,
     require_same_task,
     require_taken_bytes,
 )
-from reshard.forecast import needed_inodes
+from reshard.forecast import made_paths, needed_inodes
 from reshard.journal import CONSUMES, Journal, end_journal
 from reshard.lock import lock_folder
 from reshard.plan import Plan, PlannedFile, SelectionError
@@ -110,7 +111,7 @@ def still_needed_bytes(
         consume: Whether the source is freed.
         jobs: Shards that are read at the same time.
     """
-    used = 0 if destination is None else used_bytes(destination)
+    used = 0 if destination is None else used_bytes(destination, made_paths(source, plan))
     needed = needed_bytes(source, plan)
     if consume and (destination is None or same_disk(source.root, destination)):
         # Holes are not subtracted: a little too careful, and simple.
@@ -238,7 +239,7 @@ class _Run:
                 kept_bytes=self._kept_bytes(durable),
             )
         # What an earlier run wrote is hashed once more before a source is freed on the strength of it.
-        doubted = {shard for shard in durable.shards if self._consume and self._is_there(shard)}
+        doubted = {shard for shard in self._source.shards if self._consume and self._is_there(shard)}
         if durable.tensors or earlier.journal is not None:
             check_claims(
                 self._plan,
@@ -299,8 +300,7 @@ class _Run:
             wider = earlier.widen(self._plan.selection)
             if wider == earlier.manifest.selection:
                 return True
-            if any(file.codec != "none" for file in earlier.manifest.files):
-                raise ToolkitError(f"{self._destination}: is packed; `reshard unpack` it before adding to it")
+            require_plain(earlier.manifest, self._destination)
             if wider != self._plan.selection:
                 # What is there and not planned would be missing in the new manifest.
                 raise ToolkitError(f"{self._destination}: was widened while this run was planned; run again")

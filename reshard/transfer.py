@@ -19,10 +19,10 @@ from manifests.header import Header
 from manifests.safety import resolve_inside
 from manifests.storage import sync_folder
 from reshard.blocks import Reader, Writer
-from reshard.plan import Plan, PlannedFile
+from reshard.plan import Plan, PlannedFile, PlannedTensor
 from reshard.progress import Progress
 from reshard.streams import Piece, Ring, Target, pump
-from reshard.workers import PoisonLock, StopFlag, run_all
+from reshard.workers import PoisonLock, StopFlag, run_all, thread_limit_named
 
 OTHER_OPEN_FILES = 256
 """Sources, libraries, the terminal: room beside the output files."""
@@ -102,7 +102,8 @@ class _Output:
         with self._lock:
             self._missing -= 1
             if self._missing == 0 and self._writer is not None:
-                self._finished = self._finisher.submit(self._writer.finish)
+                with thread_limit_named():
+                    self._finished = self._finisher.submit(self._writer.finish)
 
     def settle(self) -> bool:
         """Make durable what was written; return whether the file is finished."""
@@ -181,6 +182,15 @@ def transfer(
         targets = {
             tensor.name: output_of(plan.files[tensor.file]) for tensor in tensors if tensor.name not in durable.tensors
         }
+
+        def target_of(tensor: PlannedTensor) -> Target | None:
+            output = targets.get(tensor.name)
+            if output is None:
+                return None
+            # What was lost is no part of the file until it is known to be what it was.
+            written = None if tensor.name in durable.lost else output.written
+            return Target(open=output.open, offset=tensor.output_offset, written=written)
+
         path = resolve_inside(root, shard)
         hasher = hashlib.sha256(shards[shard].raw) if is_whole else None
         pieces = [
@@ -188,9 +198,7 @@ def transfer(
                 path=path,
                 offset=tensor.source_offset,
                 size=tensor.size,
-                target=Target(open=output.open, offset=tensor.output_offset, written=output.written)
-                if (output := targets.get(tensor.name))
-                else None,
+                target=target_of(tensor),
             )
             for tensor in tensors
         ]
@@ -203,6 +211,8 @@ def transfer(
                     f"{path}: tensor {name!r} has other bytes than were taken before; the source was changed, or is "
                     "another model with the same layout"
                 )
+        for name in durable.lost.keys() & targets.keys():
+            targets[name].written()
         folders = set()
         finished = []
         for output in set(targets.values()):

@@ -6,7 +6,7 @@ Reading, writing and hashing release the interpreter's lock, so threads are enou
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
@@ -21,6 +21,10 @@ DEFAULT_JOBS = min(4, os.cpu_count() or 1)
 
 STREAM_JOBS = max(1, min(4, (os.cpu_count() or 1) // 3))
 """Of streams that are read, hashed and written: each keeps three cores busy, and a disk likes one better than many."""
+
+
+SIGNAL_SECONDS = 0.5
+"""An interrupt is acted on within this time."""
 
 
 class StoppedError(Exception):
@@ -49,12 +53,13 @@ def start(thread: threading.Thread) -> None:
     Raises:
         ResourceError: The system allows no more of them.
     """
-    with _limit_named():
+    with thread_limit_named():
         thread.start()
 
 
 @contextmanager
-def _limit_named() -> Iterator[None]:
+def thread_limit_named() -> Iterator[None]:
+    """Where the system may refuse a thread: a `ResourceError` instead of a riddle."""
     try:
         yield
     except RuntimeError as error:
@@ -96,25 +101,33 @@ def run_all(work: Callable[[Job, StopFlag], Result], jobs: Iterable[Job], *, wor
     # Counted here as well: the pool does not know of a thread whose start was interrupted, and nothing may still be
     # written when the caller removes what was.
     lock = threading.Condition()
-    running = 0
+    running = ended = 0
+    has_failed = False
 
     def counted(job: Job) -> Result:
-        nonlocal running
+        nonlocal running, ended, has_failed
         with lock:
             stop.check()
             running += 1
         try:
             return work(job, stop)
+        except BaseException:
+            has_failed = True
+            raise
         finally:
             with lock:
                 running -= 1
+                ended += 1
                 lock.notify_all()
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            with _limit_named():
+            with thread_limit_named():
                 futures = [pool.submit(counted, job) for job in jobs]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            with lock:
+                while ended < len(futures) and not has_failed:
+                    # Not for ever: a signal that came to another thread is acted on when this one wakes.
+                    lock.wait(SIGNAL_SECONDS)
         finally:
             # Work is left here only after a failure or an interrupt, which may also come while jobs are submitted.
             with lock:

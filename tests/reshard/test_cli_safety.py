@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+import manifests
 from reshard import cli_options
 from reshard.journal import Journal
+from reshard.progress import Progress
+from reshard.restore import restore
 
 Tree = Callable[[Path], dict[str, str]]
 Program = Callable[..., Any]
@@ -216,3 +219,48 @@ def test_what_packing_left_is_never_discarded(
     result = program("reshard", "restore", v3_resharded, copy, "--discard")
     assert (result.code, f"`reshard {task}` was interrupted here" in result.err) == (1, True)
     assert tree(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "spoil", "code"),
+    [
+        (["--consume"], None, 2),  # nobody is there to answer
+        (["--layers", "99"], None, 2),
+        (["--dry-run"], None, 2),
+        ([], "config.json", 12),
+        ([], "model-00003-of-000047.safetensors", 12),
+        ([], None, 0),
+    ],
+)
+def test_nothing_is_discarded_for_a_command_that_is_refused(
+    options: list[str], spoil: str | None, code: int, v3_copy: Path, v3_resharded: Path, tmp_path: Path,
+    program: Program, reshard_folder: Callable[..., Path], stop_after: Any, tree: Tree,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    with stop_after(5):
+        reshard_folder(v3_copy, out, jobs=1)
+    if spoil is not None:
+        os.truncate(v3_copy / spoil, 0)
+    before = tree(out)
+    result = program("reshard", "run", v3_copy, out, "--discard", *options)
+    assert (result.code, result.err.count("Traceback")) == (code, 0)
+    assert tree(out) == (before if code else tree(v3_resharded))
+
+
+@pytest.mark.parametrize(("options", "code"), [(["--consume"], 2), ([], 10)])
+def test_nothing_is_discarded_for_a_restore_that_is_refused(
+    options: list[str], code: int, resharded_copy: Path, tmp_path: Path, program: Program, stop_after: Any, tree: Tree
+) -> None:
+    out = tmp_path / "out"
+    with stop_after(5), Progress(0, label="", quiet=True) as progress:
+        restore(manifests.open(resharded_copy), out, jobs=1, progress=progress)
+    lost = resharded_copy / "layers/1/experts/03.safetensors"
+    if not options:
+        lost.rename(tmp_path / "elsewhere")
+    before = tree(out)
+    result = program("reshard", "restore", resharded_copy, out, "--discard", *options)
+    assert (result.code, tree(out)) == (code, before)
+    if not options:
+        assert f"{resharded_copy}: has no layers/1/experts/03.safetensors" in result.err
+        (tmp_path / "elsewhere").rename(lost)
+    assert program("reshard", "restore", resharded_copy, out, "--discard").code == 0

@@ -21,7 +21,7 @@ from reshard import run as run_module
 from reshard.blocks import Reader
 from reshard.earlier import find_earlier
 from reshard.lock import lock_folder
-from reshard.plan import SelectionError
+from reshard.plan import SelectionError, make_plan
 from reshard.progress import Progress
 from reshard.restore import clean_up_restored, open_restored, restore
 from reshard.saved import read_saved_headers
@@ -426,6 +426,38 @@ def test_every_byte_is_read_once(v3_copy: Path, tmp_path: Path, reshard_folder: 
         patch.setattr(Reader, "read", counted)
         reshard_folder(v3_copy, tmp_path / "out", jobs=1, consume=True)
     assert read == sizes
+
+
+@pytest.mark.parametrize("path", ["layers/1/experts/2.safetensors", "model/embed.safetensors"])
+def test_nothing_is_freed_on_the_strength_of_a_part_that_nobody_looked_at_since(
+    path: str, v2_copy: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, tree: Tree
+) -> None:
+    """A part's shards are not read whole, so none of them is recorded as such; their tensors are."""
+    out = reshard_folder(v2_copy, tmp_path / "out", Selection(layers=(1,)))
+    raw = bytearray((out / path).read_bytes())
+    raw[5000] ^= 1
+    (out / path).write_bytes(raw)
+    reshard_folder(v2_copy, out, consume=True)
+    assert (shards_of(v2_copy), tree(out)) == ([], tree(v2_resharded))
+
+
+def test_what_consuming_began_and_another_run_ended_is_complete(
+    v2_copy: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Any, stop_at: Any,
+    tree: Tree, program: Any,
+) -> None:  # fmt: skip
+    """Though a part of the source is gone, and a part is there."""
+    out = tmp_path / "out"
+    with stop_after(2):
+        reshard_folder(v2_copy, out, jobs=1, consume=True)
+    source = read_source(v2_copy, find_earlier(v2_copy, out).freed)
+    with stop_at(run_module, "end_journal"), Progress(0, label="", quiet=True) as progress:
+        run_module.reshard_checkpoint(source, make_plan(source, Selection()), out, jobs=1, progress=progress)
+    assert 0 < len(shards_of(v2_copy)) < 4
+    for _ in range(2):
+        result = program("reshard", "run", v2_copy, out)
+        assert (result.code, "all of it was there already" in result.out) == (0, True)
+        assert tree(out) == tree(v2_resharded)
+    assert program("reshard", "plan", v2_copy, out, "--json").json["state"] == "complete"
 
 
 def test_odd_files_beside_the_shards(v2_copy: Path, tmp_path: Path, reshard_folder: Reshard) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -210,19 +211,77 @@ def test_another_time_stamp_is_no_other_source(
     out = tmp_path / "out"
     with stop_after(2):
         reshard_folder(v2_copy, out, jobs=1)
-    taken, _, _, left = sorted(v2_copy.glob("model-*.safetensors"))
-    before, time_ns = tree(out), left.stat().st_mtime_ns
-    os.utime(taken, ns=(1, 1))
-    os.utime(left, ns=(1, 1))
-    with pytest.raises(ManifestError, match=f"{left}: was written anew since .* `touch -d @") as caught:
+    taken, _, *left = sorted(v2_copy.glob("model-*.safetensors"))
+    before, time_ns = tree(out), left[0].stat().st_mtime_ns
+    for path in (taken, *left):
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(ManifestError, match=f"{left[0]} .and 1 more.: was written anew since") as caught:
         reshard_folder(v2_copy, out, consume=consume)
     assert tree(out) == before
-    stamp = re.search(r"touch -d (@[0-9.]+) FILE", str(caught.value))
-    assert stamp is not None
-    subprocess.run(["touch", "-d", stamp[1], left], check=True)
-    assert left.stat().st_mtime_ns == time_ns
+    advice = re.search(r"`(touch -d .*)`", str(caught.value))
+    assert advice is not None
+    subprocess.run(shlex.split(advice[1]), check=True)
+    assert left[0].stat().st_mtime_ns == time_ns
+    with pytest.raises(ManifestError, match=f"{left[1]}: was written anew since") as caught:
+        reshard_folder(v2_copy, out, consume=consume)
+    advice = re.search(r"`(touch -d .*)`", str(caught.value))
+    assert advice is not None
+    subprocess.run(shlex.split(advice[1]), check=True)
     reshard_folder(v2_copy, out, consume=consume)
     assert tree(out) == tree(v2_resharded)
+
+
+def restamp(folder: Path) -> None:
+    for path in folder.glob("model-*.safetensors"):
+        os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_copy_of_the_whole_source_is_known_by_what_was_taken_from_it(
+    consume: bool, v2_copy: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Stop,
+    tree: Tree,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    with stop_after(2):
+        reshard_folder(v2_copy, out, jobs=1)
+    restamp(v2_copy)
+    before = tree(out)
+    taken = min(v2_copy.glob("model-*.safetensors"))
+    right = taken.read_bytes()
+    flip_last(taken)
+    os.utime(taken, ns=(1, 1))
+    with pytest.raises(ManifestError, match=f"{taken}: is not the file that the interrupted run"):
+        reshard_folder(v2_copy, out, consume=consume)
+    assert tree(out) == before
+    taken.write_bytes(right)
+    os.utime(taken, ns=(1, 1))
+    reshard_folder(v2_copy, out, consume=consume)
+    assert tree(out) == tree(v2_resharded)
+
+
+def test_a_copy_of_which_nothing_was_taken_is_not_known(
+    v2_copy: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Stop
+) -> None:
+    with stop_after(1):
+        reshard_folder(v2_copy, tmp_path / "out", jobs=1, consume=True)
+    restamp(v2_copy)
+    with pytest.raises(ManifestError, match=r"and 2 more.: was written anew since") as caught:
+        reshard_folder(v2_copy, tmp_path / "out", consume=True)
+    assert "--discard" not in str(caught.value)  # it would be refused
+
+
+def test_shards_that_are_not_needed_may_be_written_anew(
+    v3_copy: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Stop, plan_of: Any
+) -> None:
+    selection = Selection(layers=(1,), experts=(0, 2))
+    with stop_after(1):
+        reshard_folder(v3_copy, tmp_path / "out", selection, jobs=1)
+    plan = plan_of(v3_copy, selection)[1]
+    needed = {tensor.shard for file in plan.files for tensor in file.tensors}
+    unneeded = [path for path in v3_copy.glob("model-*.safetensors") if path.name not in needed]
+    assert unneeded
+    os.utime(unneeded[0], ns=(1, 1))
+    reshard_folder(v3_copy, tmp_path / "out", selection)
 
 
 def test_a_source_with_fewer_or_more_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from manifests.errors import (
     ResourceError,
 )
 from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.schema import Selection
 from reshard import blocks, packing
 from reshard.journal import read_journal
 from reshard.packing import expert_bytes, interrupted_task
@@ -178,8 +180,8 @@ def test_an_unfinished_folder(halfway: Path, v2_resharded: Path, program: Callab
     assert (result.code, result.out) == (3, "")
 
 
-@pytest.mark.parametrize("asks", [["--dry-run"], ["--layers", "1"], ["--discard"]], ids=" ".join)
-def test_run_goes_on_with_packing_only_when_nothing_else_is_asked_for(
+@pytest.mark.parametrize("asks", [["--dry-run"], ["--discard"]], ids=" ".join)
+def test_run_does_not_go_on_with_packing_when_it_may_not(
     asks: list[str], halfway: Path, v2_folder: Path, program: Callable[..., Any], tree: Callable[[Path], Any]
 ) -> None:
     before = tree(halfway)
@@ -190,6 +192,34 @@ def test_run_goes_on_with_packing_only_when_nothing_else_is_asked_for(
     assert (result.code != 0, tree(halfway)) == (True, before)
     assert program("reshard", "run", v2_folder, halfway).code == 0
     assert interrupted_task(halfway) is None
+
+
+def test_run_never_takes_a_finished_packing_for_what_it_was_asked_for(
+    v2_folder: Path, v3_folder: Path, tmp_path: Path, program: Callable[..., Any], reshard_folder: Callable[..., Path]
+) -> None:
+    """All that was here is packed then; but it may be a part, or another model's."""
+    folder = reshard_folder(v2_folder, tmp_path / "part", Selection(layers=(1,)))
+
+    def interrupt() -> None:
+        with killed(lambda _, name, arguments: name == "rename" and "2.safe" in str(arguments[0])):  # noqa: SIM117
+            with pytest.raises(Killed):
+                run("pack", folder, jobs=1)
+        assert interrupted_task(folder) == "pack"
+
+    interrupt()
+    result = program("reshard", "run", v2_folder, folder)
+    assert (result.code, "is packed; `reshard unpack` it before adding to it" in result.err) == (1, True)
+    run("unpack", folder)
+    interrupt()
+    result = program("reshard", "run", v3_folder, folder)
+    assert (result.code, "holds another checkpoint than" in result.err) == (1, True)
+    (tmp_path / "empty").mkdir()
+    assert program("reshard", "run", tmp_path / "empty", folder).code == 10
+    run("unpack", folder)
+    interrupt()
+    result = program("reshard", "run", v2_folder, folder, "--layers", "1", "--codec", "zstd", "--json")
+    end = json.loads(result.out.splitlines()[-1])
+    assert (result.code, end["packed_files"], end["moved_bytes"], end["files"]) == (0, 4, 0, 7)
 
 
 def test_what_is_done_is_not_done_again(halfway: Path) -> None:

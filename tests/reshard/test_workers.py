@@ -108,6 +108,25 @@ def test_an_interrupt_stops_all_and_waits_for_them(delay_s: float) -> None:
     assert 1 <= len(stopped) <= 4
 
 
+def test_a_signal_that_came_to_another_thread_is_acted_on() -> None:
+    """The system may give it to any; Python's handler runs in the main one, which sleeps as long as there is work."""
+    ended: list[int] = []
+
+    def work(job: int, stop: StopFlag) -> None:
+        time.sleep(0.2)  # until the main one sleeps
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            stop.check()
+            time.sleep(0.001)
+        ended.append(job)
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(work, [1], workers=1)
+    assert (ended, time.monotonic() - begin < 10) == ([], True)
+
+
 def test_an_interrupt_while_jobs_are_still_handed_out_stops_them() -> None:
     """Else a run of hours would go on to its end before it stops."""
     done: list[int] = []
