@@ -36,7 +36,7 @@ help: ## Show the targets
 	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu chooses PyTorch's CPU build; PIP_ARGS=... goes to pip"
 
 # The stamps hold what was installed, so a changed requirement installs again and an unchanged one costs nothing.
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt $(wildcard runner/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
 	@touch $@

@@ -77,6 +77,7 @@ class Report:
         machine: Processor and memory.
         packages: Version by package; None for one that is missing.
         threads: Threads that torch computes with; None without torch.
+        kernels: Instruction set of the compiled products; None where torch does them.
         model: The checkpoint.
         problems: In the order of the checks; empty when it can run.
         notes: What works but may surprise.
@@ -85,6 +86,7 @@ class Report:
     machine: machine.Machine
     packages: dict[str, str | None]
     threads: int | None
+    kernels: str | None
     model: ModelFacts
     problems: tuple[Finding, ...]
     notes: tuple[str, ...]
@@ -99,7 +101,7 @@ class Report:
         return {
             "can_run": not self.problems,
             "exit_code": self.exit_code,
-            "machine": dataclasses.asdict(self.machine) | {"threads": self.threads},
+            "machine": dataclasses.asdict(self.machine) | {"threads": self.threads, "kernels": self.kernels},
             "packages": self.packages,
             "model": dataclasses.asdict(self.model),
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
@@ -111,6 +113,8 @@ class Report:
         here, model = self.machine, self.model
         threads = "" if self.threads is None else f", PyTorch computes with {self.threads} threads"
         yield f"machine    {here.system}, {here.cpu or 'unknown processor'}, {here.cores} cores{threads}"
+        slowly = "PyTorch, a hundred times slower: install again where there is a C compiler"
+        yield f"products   {slowly if self.kernels is None else f'compiled, {self.kernels}'}"
         yield f"features   {' '.join(here.features) or 'none that matter here'}"
         yield f"memory     {_size(here.memory_bytes)}, {_size(here.available_bytes)} available"
         yield "packages   " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in self.packages.items())
@@ -141,16 +145,21 @@ def examine(path: str | Path | None) -> Report:
         packages[name] = _version(name)
         if packages[name] is None:
             found.add("packages", f"the package {name} is not installed; install it with pip", ToolkitError.exit_code)
-    threads = None
+    threads = compiled = None
     if packages["torch"] is not None:
         import torch
 
+        from runner import kernels
+
         threads = torch.get_num_threads()
+        active = kernels.active()
+        compiled = None if active is None else active.variant
     model = _examine_model(path, found, can_import=None not in packages.values())
     return Report(
         machine=machine.examine(),
         packages=packages,
         threads=threads,
+        kernels=compiled,
         model=model,
         problems=tuple(found.problems),
         notes=tuple(found.notes),

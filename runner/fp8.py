@@ -1,7 +1,8 @@
 """Weights as they are stored, and products with them: FP8 blocks, bfloat16, float16, float32.
 
-A product expands a few block rows of one matrix at a time, so stored weights never turn into a float32 copy
-of the model, nor even of one large matrix. This file must not know names, files or layers.
+Products are those of `runner.kernels`, or torch's where these could not be built: then a few block rows of one matrix
+are expanded at a time, so stored weights never turn into a float32 copy of the model, nor even of one large matrix.
+This file must not know names, files or layers.
 
 Shapes: T tokens, I inputs, O outputs, (bo, bi) rows and columns of one block.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, UnsupportedModelError
+from runner import kernels
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,12 +48,16 @@ def widen(weight: Tensor, name: str) -> Tensor:
     Raises:
         UnsupportedModelError: The dtype is none that is stored without scales.
     """
+    _check_plain(weight, name)
+    return weight.to(torch.float32)
+
+
+def _check_plain(weight: Tensor, name: str) -> None:
     if weight.dtype not in _PLAIN:
         raise UnsupportedModelError(
             f"{name} is stored as {weight.dtype} without block scales; "
             "the runner reads bfloat16, float16, float32, and FP8 (e4m3) with scales"
         )
-    return weight.to(torch.float32)
 
 
 def dequantize(matrix: Matrix) -> Tensor:
@@ -66,7 +72,7 @@ def dequantize(matrix: Matrix) -> Tensor:
 
     Source: DeepSeek-V3 README_WEIGHTS, "Dequantization Method".
     """
-    _check(matrix)
+    check(matrix)
     return _expand(matrix, 0, matrix.weight.shape[0])
 
 
@@ -85,8 +91,10 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
         IntegrityError: As for ``dequantize``.
         UnsupportedModelError: As for ``dequantize``.
     """
-    _check(matrix)
+    check(matrix)
     x_TI = round_activation(x, dtype)
+    if (compiled := kernels.active()) is not None:
+        return compiled.linear(x_TI, matrix)
     rows, columns = matrix.weight.shape
     block_rows = matrix.block[0]
     # Whole blocks, as many as the limit takes; one row of blocks where that is already more.
@@ -102,9 +110,17 @@ def round_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(torch.float32)
 
 
-def _check(matrix: Matrix) -> None:
+def check(matrix: Matrix) -> None:
+    """Refuse a matrix that cannot be multiplied by.
+
+    Raises:
+        IntegrityError: The scale grid does not cover the weight, or has blocks to spare.
+        UnsupportedModelError: The dtype is not one that is read.
+    """
     if matrix.scale is None:
+        _check_plain(matrix.weight, matrix.name)
         return
+    _check_plain(matrix.scale, f"{matrix.name}_scale_inv")
     if matrix.weight.dtype != torch.float8_e4m3fn:
         raise UnsupportedModelError(f"{matrix.name} has block scales but is stored as {matrix.weight.dtype}")
     rows, columns = matrix.weight.shape

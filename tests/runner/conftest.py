@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from runner import kernels
 from runner.cli import runner as runner_group
 
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -291,3 +292,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernels could not be built."""
+    monkeypatch.setattr(kernels, "active", lambda: None)
+
+
+@pytest.fixture(params=["torch", *kernels.supported()])
+def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by torch, and by each instruction set that is here."""
+    library, chosen = kernels.library(), None
+    if request.param != "torch":
+        assert library is not None
+        chosen = kernels.Kernels(library, request.param)
+    monkeypatch.setattr(kernels, "active", lambda: chosen)

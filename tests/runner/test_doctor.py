@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from manifests.names import Role, parse_name
 from reshard.cli import reshard
-from runner import demo
+from runner import demo, kernels
 from runner.config import ModelConfig
 from runner.doctor import Report, examine, needed_tensors
 
@@ -46,6 +46,7 @@ def test_the_document_has_the_promised_keys(tiny_checkpoint: Path) -> None:
         "memory_bytes",
         "available_bytes",
         "threads",
+        "kernels",
     ]
     assert list(document["packages"]) == ["python", "torch", "safetensors", "tokenizers", "jinja2", "tqdm"]
     assert list(document["model"]) == [
@@ -73,6 +74,7 @@ def test_the_lines_for_people(tiny_checkpoint: Path) -> None:
     lines = list(examine(tiny_checkpoint).lines())
     assert [line.split()[0] for line in lines] == [
         "machine",
+        "products",
         "features",
         "memory",
         "packages",
@@ -83,6 +85,16 @@ def test_the_lines_for_people(tiny_checkpoint: Path) -> None:
         "can",
     ]
     assert lines[-1] == "can run    yes"
+
+
+def test_what_does_the_products_is_said(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    active = kernels.active()
+    report = examine(tiny_checkpoint)
+    assert report.kernels == (active and active.variant)
+    monkeypatch.setattr(kernels, "active", lambda: None)
+    report = examine(tiny_checkpoint)
+    assert report.kernels is None
+    assert "products   PyTorch, a hundred times slower" in "\n".join(report.lines())
 
 
 def test_nothing_there(tmp_path: Path) -> None:

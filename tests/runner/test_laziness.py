@@ -21,7 +21,7 @@ from reshard.plan import make_plan
 from reshard.progress import Progress
 from reshard.run import reshard_checkpoint
 from reshard.source import read_source
-from runner import demo
+from runner import demo, kernels
 from runner.cache import LatentCache
 
 PROMPT = "import os\n\n\ndef "
@@ -128,6 +128,28 @@ class LiveBytes(TorchDispatchMode):
             self._live -= size
 
 
+@pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")
+def test_compiled_products_expand_nothing_but_what_attention_absorbs(resharded: Path) -> None:
+    model = runner.load(resharded)
+    token, config = torch.tensor([5]), model.model.config
+    model.model.logits(model.model.hidden(token, LatentCache(config, 256)))
+    rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    cache_bytes = config.num_hidden_layers * 256 * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
+    meter = LiveBytes()
+    for view in model.weights._views.values():
+        meter.ignore(view)
+    with meter:
+        hidden = model.model.hidden(token, LatentCache(config, 256))
+    assert meter.peak <= rows * config.kv_lora_rank * 4 + cache_bytes + 64 * 1024
+    meter = LiveBytes()
+    for view in model.weights._views.values():
+        meter.ignore(view)
+    with meter:
+        model.model.logits(hidden)
+    assert config.vocab_size * 4 <= meter.peak <= config.vocab_size * 4 + 64 * 1024
+
+
+@pytest.mark.usefixtures("torch_alone")
 def test_never_more_than_one_tensor_is_expanded(resharded: Path) -> None:
     """Peak of torch's own memory for one token: the largest matrix as float32, the cache, activations of one token.
 

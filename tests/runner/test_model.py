@@ -102,6 +102,7 @@ def test_only_what_is_used_is_asked_for(reference: SimpleNamespace, tiny_configs
     assert set(store.asked.values()) == {1}
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("family", ["v3", "v2"])
 def test_never_two_expanded_weights_at_a_time(
     reference: SimpleNamespace,

@@ -99,11 +99,13 @@ def report(record: Callable[[str, object], None], case: SimpleNamespace, ours: T
     assert worst < TOLERANCE
 
 
+@pytest.mark.usefixtures("every_way")
 def test_prompt_at_once(case: SimpleNamespace, record_property: Callable[[str, object], None]) -> None:
     ours = case.model.logits(case.model.hidden(case.ids, LatentCache(case.config, 24)))
     report(record_property, case, ours)
 
 
+@pytest.mark.usefixtures("every_way")
 def test_token_by_token(case: SimpleNamespace, record_property: Callable[[str, object], None]) -> None:
     cache = LatentCache(case.config, 24)
     ours = torch.cat([case.model.logits(case.model.hidden(one, cache)) for one in case.ids.split(1)])

@@ -27,6 +27,7 @@ def tokens(config: ModelConfig, count: int) -> Tensor:
     return torch.randn(count, config.hidden_size, generator=torch.Generator().manual_seed(count))
 
 
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("family", ["v3", "v2_lite", "moonlight"])
 def test_sum_equals_the_reference(
     reference: SimpleNamespace, tiny_configs: Configs, tiny_weights: Tiny, family: str
@@ -77,6 +78,7 @@ def test_experts_that_are_not_there_are_not_missed(
         build(reference.tiny.DictStore(lacking), config)(x)
 
 
+@pytest.mark.usefixtures("torch_alone")
 def test_experts_are_summed_in_order_of_their_id(
     reference: SimpleNamespace, tiny_configs: Configs, tiny_weights: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

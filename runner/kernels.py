@@ -1,0 +1,202 @@
+"""The compiled products of native/kernels.c on torch's memory, where they could be built.
+
+What they compute is said in `runner.fp8` and `runner.moe`, which compute it themselves where there are none. One thread
+of Python calls them at a time; they use as many threads as torch. This file must not know names, files or layers.
+
+Shapes: T tokens, D hidden, I inputs, O outputs.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from runner.fp8 import Matrix
+
+VARIANTS = ("portable", "avx2", "avx512", "avx512-vbmi")
+"""Instruction sets, slowest first; the last that the processor has is taken."""
+
+_KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+_started: dict[str, tuple[str, int]] = {}
+"""Variant and threads that the library, of which there is one in a process, was started with."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("block_rows", ctypes.c_int32),
+        ("block_columns", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = (
+        ("gate", _Matrix),
+        ("up", _Matrix),
+        ("down", _Matrix),
+        ("token", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """One MLP of a sum.
+
+    Attributes:
+        gate, up: [F, D].
+        down: [D, F].
+        token: [t] int64, the rows it is for; None for all.
+        weight: [t] float32, of each in the sum; None for 1.
+    """
+
+    gate: "Matrix"
+    up: "Matrix"
+    down: "Matrix"
+    token: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Kernels:
+    """The library, with an instruction set chosen.
+
+    Attributes:
+        variant: Of VARIANTS.
+    """
+
+    def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        self.variant = variant
+        self._library = library
+
+    def linear(self, x_TI: Tensor, matrix: "Matrix") -> Tensor:
+        """Give [T, O] float32, the product of [T, I] float32 and a matrix whose dtype and scales were checked."""
+        self._prepare()
+        x_TI = x_TI.contiguous()
+        out_TO = x_TI.new_empty(x_TI.shape[0], matrix.weight.shape[0])
+        kept: list[Tensor] = []
+        self._library.rk_linear(
+            ctypes.byref(_describe(matrix, kept)), x_TI.data_ptr(), x_TI.shape[0], out_TO.data_ptr()
+        )
+        return out_TO
+
+    def experts(self, experts: Sequence[Expert], x_TD: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Give the weighted sum of down(silu(gate x) * up x) over experts, in their order; [T, D] float32.
+
+        Args:
+            experts: At least one; their matrices were checked.
+            x_TD: [T, D] float32, rounded to ``dtype``.
+            dtype: bfloat16 rounds what enters ``down`` as well.
+        """
+        self._prepare()
+        x_TD = x_TD.contiguous()
+        kept: list[Tensor] = []
+        described = (_Expert * len(experts))(*(_describe_expert(expert, x_TD.shape[0], kept) for expert in experts))
+        room = torch.empty(self._library.rk_experts_room(described, len(experts)))
+        out_TD = torch.empty_like(x_TD)
+        failed = self._library.rk_experts(
+            described,
+            len(experts),
+            x_TD.data_ptr(),
+            x_TD.shape[0],
+            out_TD.data_ptr(),
+            room.data_ptr(),
+            dtype is torch.bfloat16,
+        )
+        if failed:
+            raise MemoryError
+        return out_TD
+
+    def read(self, memory: Tensor) -> int:
+        """Read a tensor's memory as the products do, and nothing else: the floor of what they can take.
+
+        Returns:
+            The sum of its 64-bit numbers, modulo 2**64; a last part of less than 64 bytes is left out.
+        """
+        self._prepare()
+        memory = memory.contiguous()
+        return int(self._library.rk_read(memory.data_ptr(), memory.numel() * memory.element_size()))
+
+    def _prepare(self) -> None:
+        wanted = (self.variant, torch.get_num_threads())
+        if _started.get("with") != wanted:
+            self._library.rk_start(VARIANTS.index(self.variant), wanted[1])
+            _started["with"] = wanted
+
+
+def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:
+    """A matrix for C; what must live as long is added to ``kept``."""
+    weight, scale = matrix.weight.contiguous(), matrix.scale
+    kept.append(weight)
+    if scale is not None:
+        scale = scale.to(torch.float32).contiguous()
+        kept.append(scale)
+    rows, columns = weight.shape
+    return _Matrix(
+        weight.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, *matrix.block,
+        _KINDS[weight.dtype], 0,
+    )  # fmt: skip
+
+
+def _describe_expert(expert: Expert, tokens: int, kept: list[Tensor]) -> _Expert:
+    token = None if expert.token is None else expert.token.contiguous()
+    weight = None if expert.weight is None else expert.weight.contiguous()
+    kept += [tensor for tensor in (token, weight) if tensor is not None]
+    return _Expert(
+        _describe(expert.gate, kept),
+        _describe(expert.up, kept),
+        _describe(expert.down, kept),
+        None if token is None else token.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        tokens if token is None else token.shape[0],
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library as it was built; None where it was not, or is of another machine."""
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        found.rk_supports.argtypes = (ctypes.c_int,)
+        found.rk_start.argtypes = (ctypes.c_int, ctypes.c_int)
+        found.rk_linear.argtypes = (ctypes.POINTER(_Matrix), pointer, number, pointer)
+        found.rk_linear.restype = None
+        found.rk_read.argtypes = (pointer, number)
+        found.rk_read.restype = ctypes.c_uint64
+        found.rk_experts_room.argtypes = (ctypes.POINTER(_Expert), number)
+        found.rk_experts_room.restype = number
+        found.rk_experts.argtypes = (
+            ctypes.POINTER(_Expert), number, pointer, number, pointer, pointer, ctypes.c_int,
+        )  # fmt: skip
+        return found
+    return None
+
+
+def supported() -> tuple[str, ...]:
+    """The variants that this build and this processor have, slowest first; none without a library."""
+    found = library()
+    return () if found is None else tuple(v for number, v in enumerate(VARIANTS) if found.rk_supports(number))
+
+
+@functools.cache
+def active() -> Kernels | None:
+    """What products use; None for torch alone."""
+    found = library()
+    return None if found is None else Kernels(found, supported()[-1])

@@ -1,0 +1,319 @@
+"""The compiled products: every stored number, every edge, and bits that depend on nothing but the numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runner import kernels
+from runner.fp8 import Matrix, dequantize
+from runner.kernels import Expert, Kernels
+
+BLOCK = 128
+WITH_FMA = tuple(variant for variant in kernels.supported() if variant != "portable")
+
+pytestmark = pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def kernels_of(variant: str) -> Kernels:
+    library = kernels.library()
+    assert library is not None
+    return Kernels(library, variant)
+
+
+@pytest.fixture(params=kernels.supported())
+def compiled(request: pytest.FixtureRequest) -> Kernels:
+    return kernels_of(request.param)
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def fp8(rows: int, columns: int, *, block: tuple[int, int] = (BLOCK, BLOCK)) -> Matrix:
+    """Any codes but NaN, and scales that differ, so that a neighbour's would show."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    code = torch.randint(0, 127, (rows, columns), generator=generator)
+    code += 128 * torch.randint(0, 2, (rows, columns), generator=generator)
+    scale = 10 ** (torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=generator) - 1)
+    return Matrix(weight=code.to(torch.uint8).view(torch.float8_e4m3fn), scale=scale, block=block)
+
+
+def moved(tensor: Tensor, offset: int) -> Tensor:
+    """The same at an address that is no multiple of its elements, as in the published shards."""
+    raw = tensor.contiguous().view(torch.uint8).flatten()
+    buffer = bytearray(offset) + bytearray(raw.tolist())
+    return torch.frombuffer(buffer, dtype=tensor.dtype, offset=offset, count=tensor.numel()).view(tensor.shape)
+
+
+def all_numbers(dtype: torch.dtype) -> Tensor:
+    """Every bit pattern of a dtype."""
+    if dtype is torch.float8_e4m3fn:
+        return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype).view(2, 128)
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).view(512, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int) -> None:
+    """Picked out one column at a time: exact, signs and subnormals and all, and NaN stays NaN."""
+    weight = all_numbers(dtype)
+    expected = weight.to(torch.float32)
+    scale = torch.tensor([[0.5]]) if dtype is torch.float8_e4m3fn else None
+    if scale is not None:
+        expected = expected * 0.5
+    for column in range(128):
+        # The others are taken with 0: where one of them is no number, the sum is none either.
+        is_number = weight.to(torch.float32).isfinite()
+        alone = torch.where(is_number, weight.to(torch.float32), 0).to(dtype)
+        alone[:, column] = weight[:, column]
+        x = torch.zeros(count, 128)
+        x[:, column] = 1
+        y = compiled.linear(x, Matrix(weight=alone, scale=scale))
+        for row in y:
+            assert torch.equal(row.isnan(), expected[:, column].isnan())
+            kept = ~row.isnan() & (expected[:, column].abs() >= torch.finfo(torch.float32).tiny)
+            assert torch.equal(row[kept], expected[:, column][kept])
+            # bfloat16 has float32's range: its subnormals are zeros here.
+            assert (row[~kept].nan_to_num(0) == 0).all()
+
+
+def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
+    for code in (0x7F, 0xFF):
+        matrix = fp8(20, 300)
+        matrix.weight.view(torch.uint8)[7, 299] = code
+        for count in (1, 5):
+            y = compiled.linear(seeded(count, 300), matrix)
+            assert y.isnan().nonzero()[:, 1].unique().tolist() == [7]
+            assert (compiled.linear(torch.zeros(count, 300), matrix)[:, 7]).isnan().all()
+
+
+SHAPES = [
+    (1, 1), (1, 300), (300, 1), (16, 128), (129, 127), (127, 129), (5, 16), (5, 17), (3, 31), (7, 33), (64, 7168),
+    (700, 96), (2, 15),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float16", "float32", "narrow blocks"])
+def test_the_product_is_the_one_of_exact_arithmetic(compiled: Kernels, rows: int, columns: int, kind: str) -> None:
+    if kind == "fp8":
+        matrix = fp8(rows, columns)
+    elif kind == "narrow blocks":
+        matrix = fp8(rows, columns, block=(3, 20))
+    else:
+        matrix = Matrix(weight=seeded(rows, columns).to(getattr(torch, kind)), scale=None)
+    exact = dequantize(matrix).double()
+    for count in (1, 2, 3, 4, 5, 33):
+        x = seeded(count, columns, seed=count)
+        y = compiled.linear(x, matrix)
+        # What a sum can lose depends on the size of what is added.
+        bound = 1e-6 * (x.double().abs() @ exact.abs().T)
+        assert ((y.double() - x.double() @ exact.T).abs() <= bound + 1e-30).all()
+
+
+def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
+    """So neither the tokens beside it nor the size of a chunk of the prompt changes what a token gets."""
+    for matrix in (fp8(200, 900), Matrix(weight=seeded(77, 300).bfloat16(), scale=None)):
+        x = seeded(70, matrix.weight.shape[1])
+        alone = torch.cat([compiled.linear(one, matrix) for one in x.split(1)])
+        for size in (2, 3, 4, 5, 7, 31, 32, 33, 70):
+            assert torch.equal(torch.cat([compiled.linear(some, matrix) for some in x.split(size)]), alone), size
+
+
+def test_threads_change_no_bit(compiled: Kernels) -> None:
+    matrix = fp8(3000, 1100)  # several chunks
+    for count in (1, 6):
+        x, found = seeded(count, 1100), []
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            found.append(compiled.linear(x, matrix))
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.skipif(len(WITH_FMA) < 2, reason="this processor has one instruction set with fused multiply-add")
+def test_instruction_sets_with_one_rounding_give_the_same_bits() -> None:
+    for matrix in (fp8(200, 900), fp8(50, 77, block=(3, 20)), Matrix(weight=seeded(77, 300).half(), scale=None)):
+        for count in (1, 6):
+            x = seeded(count, matrix.weight.shape[1])
+            first, *others = (kernels_of(variant).linear(x, matrix) for variant in WITH_FMA)
+            assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 5, 63])
+def test_weights_and_scales_may_begin_anywhere(compiled: Kernels, offset: int) -> None:
+    matrix = fp8(40, 300)
+    assert matrix.scale is not None
+    odd = Matrix(weight=moved(matrix.weight, offset), scale=moved(matrix.scale, offset))
+    plain = Matrix(weight=seeded(40, 300).bfloat16(), scale=None)
+    for count in (1, 5):
+        x = seeded(count, 300)
+        assert torch.equal(compiled.linear(x, odd), compiled.linear(x, matrix))
+        odd_plain = Matrix(weight=moved(plain.weight, offset), scale=None)
+        assert torch.equal(compiled.linear(x, odd_plain), compiled.linear(x, plain))
+
+
+def test_nothing_at_all(compiled: Kernels) -> None:
+    matrix = fp8(40, 300)
+    assert compiled.linear(torch.empty(0, 300), matrix).shape == (0, 40)
+    empty = Matrix(weight=torch.empty(0, 300), scale=None)
+    assert compiled.linear(seeded(2, 300), empty).shape == (2, 0)
+    thin = Matrix(weight=torch.empty(5, 0), scale=None)
+    assert torch.equal(compiled.linear(torch.empty(2, 0), thin), torch.zeros(2, 5))
+
+
+def test_no_byte_beside_the_matrix_counts(compiled: Kernels) -> None:
+    """Numbers that are none lie around the weights, the scales and the activations."""
+    rows, columns = 9, 37
+    matrix = fp8(rows, columns)
+    weight = torch.full((rows + 4, columns), 0x7F, dtype=torch.uint8)
+    weight[2:-2] = matrix.weight.view(torch.uint8)
+    x = torch.full((5, columns), torch.nan)
+    x[1:-1] = seeded(3, columns)
+    inner = Matrix(weight=weight.view(torch.float8_e4m3fn)[2:-2], scale=matrix.scale)
+    for begin, end in ((1, 2), (1, 4)):
+        assert torch.equal(compiled.linear(x[begin:end], inner), compiled.linear(x[begin:end].clone(), matrix))
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """The same, ending where no memory follows: whoever reads on is killed."""
+    raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+    page = mmap.PAGESIZE
+    size = -(-len(raw) // page) * page
+    memory = mmap.mmap(-1, size + page)
+    memory[size - len(raw) : size] = raw
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory, size))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(memory, dtype=tensor.dtype, offset=size - len(raw), count=tensor.numel()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_nothing_behind_the_end_is_read(compiled: Kernels, count: int) -> None:
+    for matrix in (fp8(9, 137), fp8(16, 64), Matrix(weight=seeded(5, 45).bfloat16(), scale=None)):
+        scale = None if matrix.scale is None else before_a_wall(matrix.scale)
+        x = seeded(count, matrix.weight.shape[1])
+        walled = Matrix(weight=before_a_wall(matrix.weight), scale=scale)
+        assert torch.equal(compiled.linear(before_a_wall(x), walled), compiled.linear(x, matrix))
+
+
+@pytest.mark.skipif(len(WITH_FMA) < 1, reason="this processor has no fused multiply-add")
+def test_the_instruction_set_that_was_asked_for_is_the_one_that_works() -> None:
+    """One with two roundings gives other bits; and each is there again when it is asked again."""
+    matrix, x = fp8(50, 900), seeded(1, 900)
+    portable, fused = kernels_of("portable"), kernels_of(WITH_FMA[0])
+    first, second = portable.linear(x, matrix), fused.linear(x, matrix)
+    assert not torch.equal(first, second)
+    assert torch.equal(portable.linear(x, matrix), first)
+
+
+@pytest.mark.skipif(len(WITH_FMA) < 1, reason="only of this processor it is known how")
+def test_denormal_numbers_are_zeros_inside_and_numbers_outside(compiled: Kernels) -> None:
+    tiny = Matrix(weight=torch.full((700, 700), 2.0**-100).bfloat16(), scale=None)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = compiled.linear(torch.full((1, 700), 2.0**-40), tiny)
+        assert y.count_nonzero() == 0
+        assert torch.full((3,), 2.0**-140).mul(1.0).count_nonzero() == 3
+
+
+def test_reading_reads_everything_once(compiled: Kernels) -> None:
+    numbers = torch.randint(-(1 << 62), 1 << 62, (400_000,), generator=torch.Generator().manual_seed(0))
+    for memory in (numbers, numbers[:8], numbers[3:100_003]):
+        assert compiled.read(memory) == int(memory.sum()) % (1 << 64)
+    assert compiled.read(numbers[:7]) == 0
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def experts_of(hidden: int, widths: tuple[int, ...]) -> list[tuple[Matrix, Matrix, Matrix]]:
+    return [(fp8(width, hidden), fp8(width, hidden), fp8(hidden, width)) for width in widths]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(compiled: Kernels, tokens: int, dtype: torch.dtype) -> None:
+    hidden = 200
+    generator = torch.Generator().manual_seed(tokens)
+    x = (seeded(tokens, hidden) / 20).to(dtype).float()
+    calls, expected, size = [], torch.zeros(tokens, hidden, dtype=torch.float64), 0.0
+    for number, (gate, up, down) in enumerate(experts_of(hidden, (40, 130, 40, 8))):
+        chosen = torch.rand(tokens, generator=generator) < 0.6
+        token = chosen.nonzero()[:, 0] if number < 3 else None
+        weight = torch.rand(int(chosen.sum()), generator=generator) if number < 3 else None
+        calls.append(Expert(gate=gate, up=up, down=down, token=token, weight=weight))
+        some = x if token is None else x[token]
+        h = silu(some.double() @ dequantize(gate).double().T) * (some.double() @ dequantize(up).double().T)
+        y = h @ dequantize(down).double().T
+        if token is None:
+            expected += y
+        elif weight is not None:
+            expected.index_add_(0, token, y * weight.double().unsqueeze(1))
+        size = max(size, *y.abs().flatten().tolist(), 0.0)
+    found = compiled.experts(calls, x, dtype=dtype)
+    bound = (3e-6 if dtype is torch.float32 else 2e-2) * size
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+    if dtype is torch.bfloat16:
+        assert not torch.equal(found, compiled.experts(calls, x, dtype=torch.float32))
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(compiled.experts(calls, x, dtype=dtype), found)
+
+
+def test_each_token_gets_the_same_beside_others(compiled: Kernels) -> None:
+    ((gate, up, down),) = experts_of(300, (70,))
+    call, x = [Expert(gate=gate, up=up, down=down)], seeded(40, 300) / 20
+    alone = torch.cat([compiled.experts(call, one, dtype=torch.float32) for one in x.split(1)])
+    assert torch.equal(compiled.experts(call, x, dtype=torch.float32), alone)
+
+
+def test_experts_are_summed_in_their_order(compiled: Kernels) -> None:
+    """1e8, 1 and -1e8 add up to 0 in this order and to 1 in another."""
+    one = Matrix(weight=torch.ones(1, 1), scale=None)
+    h = float(silu(torch.tensor(1.0)))
+    calls = [
+        Expert(gate=one, up=one, down=one, token=torch.tensor([0]), weight=torch.tensor([value / h]))
+        for value in (1e8, 1.0, -1e8)
+    ]
+    x = torch.ones(1, 1)
+    assert compiled.experts(calls, x, dtype=torch.float32).item() == 0
+    assert compiled.experts([calls[0], calls[2], calls[1]], x, dtype=torch.float32).item() == pytest.approx(1)
+
+
+def test_a_forked_child_has_threads_of_its_own(compiled: Kernels) -> None:
+    torch.set_num_threads(3)
+    matrix, x = fp8(3000, 1100), seeded(1, 1100)
+    expected = compiled.linear(x, matrix)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernels_of(compiled.variant).linear(x, matrix), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(compiled.linear(x, matrix), expected)
+
+
+def test_the_best_is_taken() -> None:
+    chosen = kernels.active()
+    assert chosen is not None
+    assert chosen.variant == kernels.supported()[-1]
+    assert kernels.supported()[0] == "portable"
+
+
+def test_a_library_of_another_machine_is_as_good_as_none(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_native.so").write_bytes(b"\x7fELF of something else")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    assert kernels.library.__wrapped__() is None
