@@ -101,9 +101,8 @@ def run(
         raise click.UsageError("--dry-run writes nothing, and --discard removes what is there: leave out one of them")
     events, selection = EventStream(enabled=as_json), Selection(layers=layers, experts=experts)
     is_confirmed = False
-    if discard:
-        # What could not be made again must not go, nor anything for a command that is refused or not meant.
-        discarding.check_discardable(src, dst)
+    if discard and discarding.check_discardable(src, dst):
+        # Nothing goes for a command that is refused or not meant.
         source, planned, _ = look(src, None, selection)
         is_confirmed = _confirm(source, planned, consume=consume, yes=yes)
         discarding.discard(src, dst)

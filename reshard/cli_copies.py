@@ -195,7 +195,8 @@ def restore(
 
 def _discard(dst: Path, out: Path, *, consume: bool, yes: bool) -> bool:
     """Remove what an interrupted restore left; whether it was asked if files may be deleted."""
-    discarding.check_discardable(dst, out)
+    if not discarding.check_discardable(dst, out):
+        return False
     if consume:
         confirm_consume(dst, yes=yes)
     discarding.discard(dst, out)

@@ -35,7 +35,8 @@ def discard(source: Path, destination: Path) -> None:
     if not (destination / JOURNAL_NAME).exists():
         return
     with lock_folder(destination):
-        check_discardable(source, destination)
+        if not check_discardable(source, destination):
+            return
         begin = read_begin(destination)
         kept = _manifest_before(destination, begin.get("widens"))
         if kept is None:
@@ -44,20 +45,21 @@ def discard(source: Path, destination: Path) -> None:
             _remove_added(destination, kept)
 
 
-def check_discardable(source: Path, destination: Path) -> None:
-    """Refuse to remove what could not be made again; nothing to remove is no reason.
+def check_discardable(source: Path, destination: Path) -> bool:
+    """Refuse to remove what could not be made again; whether there is anything to remove.
 
     Raises:
         ToolkitError, SourceNotFoundError: See `discard`.
     """
     if not (destination / JOURNAL_NAME).exists():
-        return
+        return False
     begin = read_begin(destination)
     if begin.get("task") not in ("run", "restore"):
         raise ToolkitError(
             f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
         )
     _require_whole(source, destination, begin, may_have_freed=_may_have_freed(destination))
+    return True
 
 
 def _may_have_freed(destination: Path) -> bool:
