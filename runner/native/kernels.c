@@ -6,19 +6,18 @@
 
 #define _GNU_SOURCE
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
 #include <stdalign.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "numbers.h"
+#include "pool.h"
 
 #define PIECE 128  /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
 #define LANES 16
 #define TOKENS 32  /* rows of activations that share one expansion of the weights; their sums stay in the L1 cache */
 #define AHEAD 8192 /* bytes between reading a weight and asking memory for it: 35 % faster than 0 */
-#define MAX_THREADS 64
 
 enum { FP8_E4M3, BF16, F16, F32 };
 
@@ -33,24 +32,20 @@ typedef struct {
 
 static inline int64_t element_bytes(int kind) { return kind == FP8_E4M3 ? 1 : kind == F32 ? 4 : 2; }
 
-/* Columns from begin on that belong together: of one block, at most PIECE of them. */
-static inline int64_t piece_size(const rk_matrix *a, int64_t begin)
-{
-    int64_t size = a->columns - begin;
-    if (a->scale != NULL) {
-        const int64_t left = a->block_columns - begin % a->block_columns;
-        size = left < size ? left : size;
-    }
-    return size < PIECE ? size : PIECE;
-}
-
-static inline float scale_of(const rk_matrix *a, int64_t row, int64_t column)
+/* The scales of a row, NULL where it has none. */
+static inline const uint8_t *scales_of(const rk_matrix *a, int64_t row)
 {
     if (a->scale == NULL)
-        return 1.0f;
+        return NULL;
     const int64_t blocks = (a->columns + a->block_columns - 1) / a->block_columns;
-    float scale;
-    memcpy(&scale, (const float *)a->scale + row / a->block_rows * blocks + column / a->block_columns, sizeof scale);
+    return (const uint8_t *)a->scale + row / a->block_rows * blocks * (int64_t)sizeof(float);
+}
+
+static inline float scale_of(const uint8_t *scales, int64_t block)
+{
+    float scale = 1.0f;
+    if (scales != NULL)
+        memcpy(&scale, scales + block * (int64_t)sizeof scale, sizeof scale);
     return scale;
 }
 
@@ -58,52 +53,6 @@ static inline void prefetch(const uint8_t *at, int64_t size)
 {
     for (int64_t i = 0; i < size; i += 64)
         __builtin_prefetch(at + i, 0, 3);
-}
-
-/* ---- one stored number ---- */
-
-static float float_of_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static float e4m3(uint8_t code)
-{
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    const float sign = code & 0x80 ? -1.0f : 1.0f;
-    if (exponent == 15 && mantissa == 7)
-        return float_of_bits(0x7fc00000u | (uint32_t)(code & 0x80) << 24);
-    if (exponent == 0)
-        return sign * (float)mantissa * 0x1p-9f;
-    return sign * float_of_bits((uint32_t)(exponent + 120) << 23 | (uint32_t)mantissa << 20);
-}
-
-static float half(uint16_t bits)
-{
-    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    if (exponent == 31)
-        return float_of_bits(sign | 0x7f800000u | mantissa << 13);
-    if (exponent == 0)
-        return (sign ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f;
-    return float_of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-static float E4M3[256];
-
-static inline float bf16(const uint8_t *at)
-{
-    uint16_t bits;
-    memcpy(&bits, at, sizeof bits);
-    return float_of_bits((uint32_t)bits << 16);
-}
-
-static inline float f16(const uint8_t *at)
-{
-    uint16_t bits;
-    memcpy(&bits, at, sizeof bits);
-    return half(bits);
 }
 
 /* ---- portable ---- */
@@ -177,230 +126,8 @@ static inline void decode_c(int kind, const uint8_t *w, int64_t count, float *ou
 #define DECODE(kind, w, n, out) decode_c(kind, w, n, out)
 #include "panel.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-
-/* e4m3 to float16: the sign stays, seven bits move up by seven. That is the value / 256, subnormals included; of the two
-   NaN codes it makes 480, so they are looked for. */
-#define FP8_AS_F16 256.0f
-
-/* ---- AVX2 ---- */
-
-#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-typedef struct { __m256 low, high; } lanes_avx2;
-
-TARGET_AVX2 static inline lanes_avx2 set_avx2(float f)
-{
-    return (lanes_avx2){_mm256_set1_ps(f), _mm256_set1_ps(f)};
-}
-TARGET_AVX2 static inline lanes_avx2 load_avx2(const float *from)
-{
-    return (lanes_avx2){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
-}
-TARGET_AVX2 static inline lanes_avx2 load_some_avx2(const float *from, int64_t count)
-{
-    float some[LANES] = {0};
-    memcpy(some, from, (size_t)count * sizeof *from);
-    return load_avx2(some);
-}
-TARGET_AVX2 static inline void store_avx2(float *to, lanes_avx2 v)
-{
-    _mm256_storeu_ps(to, v.low);
-    _mm256_storeu_ps(to + 8, v.high);
-}
-TARGET_AVX2 static inline lanes_avx2 fma_avx2(lanes_avx2 a, lanes_avx2 b, lanes_avx2 c)
-{
-    return (lanes_avx2){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
-}
-TARGET_AVX2 static inline float sum8(__m256 v)
-{
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-TARGET_AVX2 static inline float sum_avx2(lanes_avx2 v) { return sum8(_mm256_add_ps(v.low, v.high)); }
-
-TARGET_AVX2 static inline void decode_avx2(int kind, const uint8_t *w, int64_t count, float *out)
-{
-    int64_t i = 0;
-    switch (kind) {
-    case FP8_E4M3: {
-        const __m256i mask = _mm256_set1_epi16((short)0xBFFF);
-        const __m256 factor = _mm256_set1_ps(FP8_AS_F16);
-        const __m128i digits = _mm_set1_epi8(0x7f);
-        __m128i nan = _mm_setzero_si128();
-        for (; i + 16 <= count; i += 16) {
-            const __m128i codes = _mm_loadu_si128((const __m128i *)(w + i));
-            const __m256i bits = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), mask);
-            nan = _mm_or_si128(nan, _mm_cmpeq_epi8(_mm_and_si128(codes, digits), digits));
-            _mm256_store_ps(out + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), factor));
-            _mm256_store_ps(out + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)), factor));
-        }
-        if (_mm_movemask_epi8(nan))
-            i = 0;
-        break;
-    }
-    case BF16:
-        for (; i + 8 <= count; i += 8) {
-            const __m128i bits = _mm_loadu_si128((const __m128i *)(w + 2 * i));
-            _mm256_store_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
-        }
-        break;
-    case F16:
-        for (; i + 8 <= count; i += 8)
-            _mm256_store_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + 2 * i))));
-        break;
-    default:
-        memcpy(out, w, (size_t)count * 4);
-        i = count;
-    }
-    if (i < count || count % LANES)
-        decode_c(kind, w + i * element_bytes(kind), count - i, out + i);
-}
-
-#define NAME(x) x##_avx2
-#define TARGET TARGET_AVX2
-#define V lanes_avx2
-#define ZERO() set_avx2(0.0f)
-#define SET(f) set_avx2(f)
-#define LOAD(p) load_avx2(p)
-#define STORE(p, v) store_avx2(p, v)
-#define FMA(a, b, c) fma_avx2(a, b, c)
-#define SUM(v) sum_avx2(v)
-#define DECODE(kind, w, n, out) decode_avx2(kind, w, n, out)
-#include "panel.h"
-
-/* ---- AVX-512 ---- */
-
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-
-TARGET_AVX512 static inline __m512 load_some_avx512(const float *from, int64_t count)
-{
-    return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
-}
-TARGET_AVX512 static inline float sum_avx512(__m512 v)
-{
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-
-/* All but FP8, 16 at a time. */
-TARGET_AVX512 static inline int64_t decode_plain_avx512(int kind, const uint8_t *w, int64_t count, float *out)
-{
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        __m512 v;
-        if (kind == BF16) {
-            const __m256i bits = _mm256_loadu_si256((const __m256i *)(w + 2 * i));
-            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-        } else if (kind == F16) {
-            v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 2 * i)));
-        } else {
-            v = _mm512_loadu_ps(w + 4 * i);
-        }
-        _mm512_store_ps(out + i, v);
-    }
-    return i;
-}
-
-TARGET_AVX512 static inline void decode_avx512(int kind, const uint8_t *w, int64_t count, float *out)
-{
-    int64_t i = 0;
-    if (kind == FP8_E4M3) {
-        const __m512i mask = _mm512_set1_epi16((short)0xBFFF);
-        const __m512 factor = _mm512_set1_ps(FP8_AS_F16);
-        const __m256i digits = _mm256_set1_epi8(0x7f);
-        __mmask32 nan = 0;
-        for (; i + 32 <= count; i += 32) {
-            const __m256i codes = _mm256_loadu_si256((const __m256i *)(w + i));
-            const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), mask);
-            nan |= _mm256_cmpeq_epi8_mask(_mm256_and_si256(codes, digits), digits);
-            _mm512_store_ps(out + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(bits)), factor));
-            _mm512_store_ps(out + i + 16, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)), factor));
-        }
-        if (nan)
-            i = 0;
-    } else {
-        i = decode_plain_avx512(kind, w, count, out);
-    }
-    if (i < count || count % LANES)
-        decode_c(kind, w + i * element_bytes(kind), count - i, out + i);
-}
-
-#define NAME(x) x##_avx512
-#define TARGET TARGET_AVX512
-#define V __m512
-#define ZERO() _mm512_setzero_ps()
-#define SET(f) _mm512_set1_ps(f)
-#define LOAD(p) _mm512_loadu_ps(p)
-#define STORE(p, v) _mm512_storeu_ps(p, v)
-#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_avx512(kind, w, n, out)
-#include "panel.h"
-
-/* ---- AVX-512 with byte permutes: FP8 by table, the upper two bytes of each float ---- */
-
-#define TARGET_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma")))
-
-alignas(64) static uint8_t E4M3_UPPER[128], E4M3_LOWER[128], E4M3_ORDER[64];
-
-#define load_some_vbmi load_some_avx512
-TARGET_VBMI static inline void decode_vbmi(int kind, const uint8_t *w, int64_t count, float *out)
-{
-    int64_t i = 0;
-    if (kind == FP8_E4M3) {
-        const __m512i upper0 = _mm512_load_si512(E4M3_UPPER), upper1 = _mm512_load_si512(E4M3_UPPER + 64);
-        const __m512i lower0 = _mm512_load_si512(E4M3_LOWER), lower1 = _mm512_load_si512(E4M3_LOWER + 64);
-        const __m512i order = _mm512_load_si512(E4M3_ORDER);
-        const __m512i sign = _mm512_set1_epi8((char)0x80), odd = _mm512_set1_epi32((int)0xffff0000);
-        for (; i + 64 <= count; i += 64) {
-            const __m512i codes = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + i));
-            const __m512i upper = _mm512_ternarylogic_epi64(
-                _mm512_permutex2var_epi8(upper0, codes, upper1), codes, sign, 0xF8); /* a | b & c */
-            const __m512i lower = _mm512_permutex2var_epi8(lower0, codes, lower1);
-            const __m512i first = _mm512_unpacklo_epi8(lower, upper), second = _mm512_unpackhi_epi8(lower, upper);
-            _mm512_store_si512(out + i, _mm512_slli_epi32(first, 16));
-            _mm512_store_si512(out + i + 16, _mm512_and_si512(first, odd));
-            _mm512_store_si512(out + i + 32, _mm512_slli_epi32(second, 16));
-            _mm512_store_si512(out + i + 48, _mm512_and_si512(second, odd));
-        }
-    } else {
-        i = decode_plain_avx512(kind, w, count, out);
-    }
-    if (i < count || count % LANES)
-        decode_c(kind, w + i * element_bytes(kind), count - i, out + i);
-}
-
-static void make_tables(void)
-{
-    for (int code = 0; code < 128; code++) {
-        uint32_t bits;
-        memcpy(&bits, &E4M3[code], sizeof bits);
-        E4M3_UPPER[code] = (uint8_t)(bits >> 24);
-        E4M3_LOWER[code] = (uint8_t)(bits >> 16);
-    }
-    /* Unpacking takes bytes 0 to 7 of each 16 for the first 32 numbers and splits even from odd; so column 16 j + l of
-       64 is put where it comes out as lane l of vector j. */
-    for (int j = 0; j < 4; j++)
-        for (int l = 0; l < LANES; l++)
-            E4M3_ORDER[l / 4 * 16 + j / 2 * 8 + l % 4 * 2 + j % 2] = (uint8_t)(16 * j + l);
-}
-
-#define NAME(x) x##_vbmi
-#define TARGET TARGET_VBMI
-#define V __m512
-#define ZERO() _mm512_setzero_ps()
-#define SET(f) _mm512_set1_ps(f)
-#define LOAD(p) _mm512_loadu_ps(p)
-#define STORE(p, v) _mm512_storeu_ps(p, v)
-#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_vbmi(kind, w, n, out)
-#include "panel.h"
+#ifdef X86
+#include "x86.h"
 #endif
 
 /* ---- which instruction set ---- */
@@ -428,141 +155,6 @@ int rk_supports(int variant)
     }
 #endif
     return variant == PORTABLE;
-}
-
-/* ---- threads ---- */
-
-#define WORTH_SHARING (1 << 18) /* bytes of weights; fewer are gone over before another thread has begun */
-#define SPINS 2000 /* looks for the next job before a thread sleeps: some 20 us, a wake-up takes longer */
-
-typedef void job_fn(const void *context, int64_t chunk);
-
-static struct {
-    pthread_mutex_t caller, lock;
-    pthread_cond_t wake;
-    int threads; /* the caller's included */
-    int sleeping;
-    atomic_uint job;
-    atomic_int working;
-    atomic_int_fast64_t next;
-    int64_t chunks;
-    job_fn *run;
-    const void *context;
-    int is_ending;
-    pthread_t started[MAX_THREADS];
-} pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
-          .threads = 1};
-
-static inline void pause_briefly(void)
-{
-#ifdef X86
-    _mm_pause();
-#endif
-}
-
-/* Products of denormal numbers take thirty times as long, and are nothing: they are zeros here, in every thread. */
-static inline unsigned flush_denormals(void)
-{
-#ifdef X86
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040);
-    return before;
-#else
-    return 0;
-#endif
-}
-
-static inline void restore_denormals(unsigned before)
-{
-#ifdef X86
-    _mm_setcsr(before);
-#else
-    (void)before;
-#endif
-}
-
-static void take_chunks(void)
-{
-    for (int64_t chunk; (chunk = atomic_fetch_add(&pool.next, 1)) < pool.chunks;)
-        pool.run(pool.context, chunk);
-}
-
-static void *serve(void *seen_job)
-{
-    unsigned seen = (unsigned)(uintptr_t)seen_job;
-    flush_denormals();
-    for (;;) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.job, memory_order_acquire) == seen; i++)
-            pause_briefly();
-        if (atomic_load(&pool.job) == seen) {
-            pthread_mutex_lock(&pool.lock);
-            pool.sleeping++;
-            while (atomic_load(&pool.job) == seen)
-                pthread_cond_wait(&pool.wake, &pool.lock);
-            pool.sleeping--;
-            pthread_mutex_unlock(&pool.lock);
-        }
-        seen = atomic_load(&pool.job);
-        if (pool.is_ending)
-            return NULL;
-        take_chunks();
-        atomic_fetch_sub(&pool.working, 1);
-    }
-}
-
-static void publish(void)
-{
-    atomic_store(&pool.working, pool.threads - 1);
-    atomic_fetch_add(&pool.job, 1);
-    pthread_mutex_lock(&pool.lock);
-    if (pool.sleeping)
-        pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-}
-
-/* Make `chunks` calls on all threads, that go over `bytes` of weights; they end before this does. */
-static void run_chunks(job_fn *run, const void *context, int64_t chunks, int64_t bytes)
-{
-    const unsigned before = flush_denormals();
-    if (pool.threads == 1 || chunks == 1 || bytes < WORTH_SHARING) {
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
-            run(context, chunk);
-    } else {
-        pool.run = run;
-        pool.context = context;
-        pool.chunks = chunks;
-        atomic_store(&pool.next, 0);
-        publish();
-        take_chunks();
-        for (int spins = 0; atomic_load(&pool.working) != 0; spins++) {
-            pause_briefly();
-            if (spins % 1024 == 1023)
-                sched_yield(); /* the machine has fewer cores than there are threads */
-        }
-    }
-    restore_denormals(before);
-}
-
-static void end_threads(void)
-{
-    if (pool.threads > 1) {
-        pool.is_ending = 1;
-        publish();
-        for (int i = 1; i < pool.threads; i++)
-            pthread_join(pool.started[i], NULL);
-        pool.is_ending = 0;
-    }
-    pool.threads = 1;
-}
-
-static void forget_threads(void)
-{
-    /* A forked child has none of them. */
-    pool.threads = 1;
-    pool.sleeping = 0;
-    pthread_mutex_init(&pool.caller, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
 }
 
 /* Take an instruction set that rk_supports, and so many threads; returns how many there are. */

@@ -21,10 +21,15 @@ TARGET static inline __attribute__((always_inline)) void NAME(group)(
 {
     alignas(64) float weights[ROWS][PIECE];
     alignas(64) float total[ROWS][TOKENS][LANES];
-    const int64_t width = element_bytes(a->kind);
+    const int64_t width = element_bytes(a->kind), block_columns = a->scale ? a->block_columns : a->columns;
+    const uint8_t *scales[ROWS];
+    for (int r = 0; r < count; r++)
+        scales[r] = scales_of(a, row + r);
     memset(total, 0, sizeof total[0] * (size_t)count);
-    for (int64_t begin = 0; begin < a->columns;) {
-        const int64_t size = piece_size(a, begin), lanes = size & ~(int64_t)(LANES - 1);
+    /* No division in here: one takes as long as the sum of a piece. */
+    for (int64_t begin = 0, block = 0, block_end = block_columns; begin < a->columns;) {
+        const int64_t end = block_end < a->columns ? block_end : a->columns;
+        const int64_t size = end - begin < PIECE ? end - begin : PIECE, lanes = size & ~(int64_t)(LANES - 1);
         for (int r = 0; r < count; r++) {
             const uint8_t *w = (const uint8_t *)a->weight + ((row + r) * a->columns + begin) * width;
             /* One row: the next rows follow in memory. Several: the same place of the next group. */
@@ -33,7 +38,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(group)(
         }
         float scale[ROWS];
         for (int r = 0; r < count; r++)
-            scale[r] = scale_of(a, row + r, begin);
+            scale[r] = scale_of(scales[r], block);
         for (int64_t t = 0; t < tokens; t += ROWS) {
             const int some = tokens - t < ROWS ? (int)(tokens - t) : ROWS;
             const float *from = x + t * a->columns + begin;
@@ -69,6 +74,10 @@ TARGET static inline __attribute__((always_inline)) void NAME(group)(
             }
         }
         begin += size;
+        if (begin == block_end) {
+            block++;
+            block_end += block_columns;
+        }
     }
     for (int r = 0; r < count; r++)
         for (int64_t t = 0; t < tokens; t++)
