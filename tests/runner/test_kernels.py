@@ -295,6 +295,7 @@ def test_experts_are_summed_in_their_order(compiled: Kernels) -> None:
     assert compiled.experts([calls[0], calls[2], calls[1]], x, dtype=torch.float32).item() == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own(compiled: Kernels) -> None:
     torch.set_num_threads(3)
     matrix, x = fp8(3000, 1100), seeded(1, 1100)
