@@ -131,7 +131,7 @@ def run(
         )
         for remark in remarks:
             progress.event("remark", message=remark)
-        with continuable(dst, consume=consume, quiet=quiet):
+        with continuable(dst, consume=consume or earlier.consumes, quiet=quiet):
             outcome = reshard_checkpoint(
                 source,
                 planned,
