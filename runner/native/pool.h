@@ -13,7 +13,7 @@
 
 #define MAX_THREADS 64
 #define WORTH_SHARING (1 << 18) /* bytes of weights; fewer are gone over before another thread has begun */
-#define SPINS 2000 /* looks for the next job before a thread sleeps: some 20 us, a wake-up takes longer */
+#define SPINS 2000 /* looks for the next job before a thread sleeps */
 
 typedef void job_fn(const void *context, int64_t chunk);
 
