@@ -51,14 +51,14 @@ def map_file(path: Path, size: int) -> memoryview:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise _refusal(path, error.errno or 0) from error
+        raise refusal(path, error.errno or 0) from error
     try:
         found = os.fstat(descriptor).st_size
         if found != size:
             raise IntegrityError(f"{path}: has {found} bytes, expected {size}; `reshard verify` tells more")
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
         if address == _FAILED:
-            raise _refusal(path, ctypes.get_errno())
+            raise refusal(path, ctypes.get_errno())
     finally:
         os.close(descriptor)
     array = (ctypes.c_ubyte * size).from_address(address)
@@ -67,7 +67,8 @@ def map_file(path: Path, size: int) -> memoryview:
     return memoryview(array).cast("B").toreadonly()
 
 
-def _refusal(path: Path, number: int) -> ToolkitError:
+def refusal(path: Path, number: int) -> ToolkitError:
+    """What to raise when a file could not be opened or mapped, by the system's error number."""
     if number in (errno.ENOENT, errno.ENOTDIR):
         return SourceNotFoundError(f"{path}: no such file")
     reason = os.strerror(number)

@@ -38,6 +38,20 @@ class Matrix:
     name: str = "a weight"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """The three matrices of a SwiGLU MLP.
+
+    Attributes:
+        gate, up: [F, D].
+        down: [D, F].
+    """
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
 def widen(weight: Tensor, name: str) -> Tensor:
     """Give a plain stored tensor as float32, of any shape; float32 comes back as it is, without a copy.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from runner.fp8 import Matrix
+    from runner.fp8 import Matrix, Mlp
 
 VARIANTS = ("portable", "avx2", "avx512", "avx512-vbmi")
 """Instruction sets, slowest first; the last that the processor has is taken."""
@@ -48,25 +48,31 @@ class _Expert(ctypes.Structure):
         ("up", _Matrix),
         ("down", _Matrix),
         ("token", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+    )
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("y", ctypes.c_void_p),
+        ("token", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expert:
-    """One MLP of a sum.
+class Part:
+    """What one expert adds to a sum.
 
     Attributes:
-        gate, up: [F, D].
-        down: [D, F].
-        token: [t] int64, the rows it is for; None for all.
-        weight: [t] float32, of each in the sum; None for 1.
+        y: [t, D] float32.
+        token: [t] int64, the rows of the sum; None for all.
+        weight: [t] float32, the factor of each; None for 1.
     """
 
-    gate: "Matrix"
-    up: "Matrix"
-    down: "Matrix"
+    y: Tensor
     token: Tensor | None = None
     weight: Tensor | None = None
 
@@ -81,6 +87,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, variant: str) -> None:
         self.variant = variant
         self._library = library
+        self._room = torch.empty(0)
 
     def linear(self, x_TI: Tensor, matrix: "Matrix") -> Tensor:
         """Give [T, O] float32, the product of [T, I] float32 and a matrix whose dtype and scales were checked."""
@@ -93,32 +100,41 @@ class Kernels:
         )
         return out_TO
 
-    def experts(self, experts: Sequence[Expert], x_TD: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Give the weighted sum of down(silu(gate x) * up x) over experts, in their order; [T, D] float32.
+    def experts(
+        self, experts: "Sequence[tuple[Mlp, Tensor | None]]", x_TD: Tensor, *, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Give down(silu(gate x) * up x) of each expert, [t, D] float32.
 
         Args:
-            experts: At least one; their matrices were checked.
+            experts: Matrices that were checked, and the rows of x that they are for, [t] int64; None for all.
             x_TD: [T, D] float32, rounded to ``dtype``.
             dtype: bfloat16 rounds what enters ``down`` as well.
         """
+        if not experts:
+            return []
         self._prepare()
         x_TD = x_TD.contiguous()
         kept: list[Tensor] = []
-        described = (_Expert * len(experts))(*(_describe_expert(expert, x_TD.shape[0], kept) for expert in experts))
-        room = torch.empty(self._library.rk_experts_room(described, len(experts)))
-        out_TD = torch.empty_like(x_TD)
-        failed = self._library.rk_experts(
-            described,
-            len(experts),
-            x_TD.data_ptr(),
-            x_TD.shape[0],
-            out_TD.data_ptr(),
-            room.data_ptr(),
-            dtype is torch.bfloat16,
+        counts = [x_TD.shape[0] if token is None else token.shape[0] for _, token in experts]
+        found = list(x_TD.new_empty(sum(counts), x_TD.shape[1]).split(counts))
+        described = (_Expert * len(experts))(
+            *(_describe_expert(*expert, y, kept) for expert, y in zip(experts, found, strict=True))
         )
-        if failed:
+        room = self._library.rk_experts_room(described, len(experts))
+        if self._room.numel() < room:
+            self._room = torch.empty(room)
+        rounds = dtype is torch.bfloat16
+        if self._library.rk_experts(described, len(experts), x_TD.data_ptr(), self._room.data_ptr(), rounds):
             raise MemoryError
-        return out_TD
+        return found
+
+    def add(self, parts: Sequence[Part], out_TD: Tensor) -> None:
+        """Add the parts to a contiguous [T, D] float32, in their order."""
+        self._prepare()
+        described = (_Part * len(parts))(
+            *(_Part(part.y.data_ptr(), _address(part.token), _address(part.weight), part.y.shape[0]) for part in parts)
+        )
+        self._library.rk_sum(described, len(parts), out_TD.shape[1], out_TD.data_ptr())
 
     def read(self, memory: Tensor) -> int:
         """Read a tensor's memory as the products do, and nothing else: the floor of what they can take.
@@ -151,18 +167,17 @@ def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:
     )  # fmt: skip
 
 
-def _describe_expert(expert: Expert, tokens: int, kept: list[Tensor]) -> _Expert:
-    token = None if expert.token is None else expert.token.contiguous()
-    weight = None if expert.weight is None else expert.weight.contiguous()
-    kept += [tensor for tensor in (token, weight) if tensor is not None]
-    return _Expert(
-        _describe(expert.gate, kept),
-        _describe(expert.up, kept),
-        _describe(expert.down, kept),
-        None if token is None else token.data_ptr(),
-        None if weight is None else weight.data_ptr(),
-        tokens if token is None else token.shape[0],
-    )
+def _describe_expert(mlp: "Mlp", token: Tensor | None, y: Tensor, kept: list[Tensor]) -> _Expert:
+    matrices = (_describe(matrix, kept) for matrix in (mlp.gate, mlp.up, mlp.down))
+    return _Expert(*matrices, _address(token), y.shape[0], y.data_ptr())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError("an operand is not contiguous")
+    return tensor.data_ptr()
 
 
 @functools.cache
@@ -182,9 +197,12 @@ def library() -> ctypes.CDLL | None:
         found.rk_read.restype = ctypes.c_uint64
         found.rk_experts_room.argtypes = (ctypes.POINTER(_Expert), number)
         found.rk_experts_room.restype = number
-        found.rk_experts.argtypes = (
-            ctypes.POINTER(_Expert), number, pointer, number, pointer, pointer, ctypes.c_int,
-        )  # fmt: skip
+        found.rk_experts.argtypes = (ctypes.POINTER(_Expert), number, pointer, pointer, ctypes.c_int)
+        found.rk_sum.argtypes = (ctypes.POINTER(_Part), number, number, pointer)
+        found.rk_sum.restype = None
+        found.rk_guard.argtypes = (pointer, number, number, pointer)
+        found.rk_unguard.argtypes = (ctypes.c_int,)
+        found.rk_unguard.restype = None
         return found
     return None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import manifests
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from runner import demo
+from runner.contents import pass_order
 from runner.config import ModelConfig
 from runner.engine import Engine
 from runner.model import Model
@@ -84,7 +85,7 @@ class Generation:
     def stats(self) -> RunStats:
         """What the run has cost so far."""
         weights = self._loaded.weights
-        return self._telemetry.stats(mapped_files=weights.mapped_files, mapped_bytes=weights.mapped_bytes)
+        return self._telemetry.stats(mapped_files=weights.usage.files, mapped_bytes=weights.usage.read_bytes)
 
 
 class LoadedModel:
@@ -107,7 +108,7 @@ class LoadedModel:
     """
 
     def __init__(
-        self, path: str | Path | None = None, *, ctx: int | None = None, dtype: torch.dtype = torch.float32
+        self, path: str | Path | None = None, *, ctx: int | None = None, dtype: torch.dtype = torch.float32, io: str = 'mmap', slots: int|None=None
     ) -> None:
         checkpoint = open_checkpoint(path)
         if missing := checkpoint.missing_scales():
@@ -119,7 +120,13 @@ class LoadedModel:
         config = ModelConfig.from_dict(checkpoint.config)
         self.root = checkpoint.root
         self.ctx = config.max_position_embeddings if ctx is None else ctx
-        self.weights = WeightStore(checkpoint)
+        layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+        self.weights = WeightStore(
+            checkpoint,
+            order=pass_order(config.num_hidden_layers),
+            experts=[(layer, expert) for layer in layers for expert in range(config.n_routed_experts)],
+            io=io, slots=slots,
+        )
         self.model = Model(config, self.weights, dtype=dtype)
         self.engine = Engine(self.model, ctx=self.ctx)
 

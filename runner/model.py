@@ -65,6 +65,7 @@ class Model:
         if len(outside):
             raise ToolkitError(f"token id {int(outside[0])} is outside the vocabulary of {config.vocab_size}")
         cache.check_room(count)
+        self._parameters.begin_pass()
         x_TD = self._parameters.rows("model.embed_tokens.weight", ids, config.vocab_size, config.hidden_size)
         rotation = self._rope.rotation(cache.length, count)
         for layer in self._layers:

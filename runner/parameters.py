@@ -6,14 +6,30 @@ must not know files or mappings.
 Shapes: T tokens, D row width.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ManifestError
-from runner.fp8 import Matrix, widen
+from manifests.names import expert_prefix
+from runner.fp8 import Matrix, Mlp, check, widen
+
+
+class Expert(Protocol):
+    """A routed expert that is in memory.
+
+    Attributes:
+        key: Layer and number.
+        tensors: Its stored tensors by their whole names.
+        prepared: Kept as long as the tensors are; None at first.
+    """
+
+    key: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+    prepared: Any
 
 
 class Weights(Protocol):
@@ -24,6 +40,18 @@ class Weights(Protocol):
 
     def matrix(self, prefix: str, /) -> Matrix:
         """Give ``prefix.weight`` with ``prefix.weight_scale_inv`` where the weight is FP8."""
+
+    def shape(self, name: str, /) -> tuple[int, ...]:
+        """Give the shape of a tensor without reading it."""
+
+    def rows(self, name: str, ids: Sequence[int], /) -> Tensor:
+        """Give some rows of a matrix in its stored dtype."""
+
+    def expert_groups(self, layer: int, experts: Sequence[int], /) -> Iterator[Iterator[Sequence[Expert]]]:
+        """Give routed experts in groups that follow their order, and in each group as they arrive."""
+
+    def begin_pass(self) -> None:
+        """Count one pass through the model."""
 
 
 class Parameters:
@@ -45,13 +73,7 @@ class Parameters:
             IntegrityError: It has another shape.
             ManifestError: It is FP8, and config.json gives no block size.
         """
-        matrix = self._weights.matrix(prefix)
-        _check_shape(f"{prefix}.weight", matrix.weight, (rows, columns))
-        if matrix.scale is not None and self._block is None:
-            raise ManifestError(
-                f"{prefix}.weight has block scales, but config.json has no quantization_config to size them"
-            )
-        return replace(matrix, block=self._block or matrix.block, name=f"{prefix}.weight")
+        return self._sized(replace(self._weights.matrix(prefix), name=f"{prefix}.weight"), rows, columns)
 
     def vector(self, name: str, size: int) -> Tensor:
         """Give a small plain tensor as [size] float32.
@@ -60,7 +82,7 @@ class Parameters:
             IntegrityError: It has another shape.
         """
         stored = self._weights.tensor(name)
-        _check_shape(name, stored, (size,))
+        _check_shape(name, tuple(stored.shape), (size,))
         return widen(stored, name)
 
     def rows(self, name: str, ids_T: Tensor, rows: int, columns: int) -> Tensor:
@@ -69,14 +91,73 @@ class Parameters:
         Raises:
             IntegrityError: It has another shape.
         """
-        stored = self._weights.tensor(name)
-        _check_shape(name, stored, (rows, columns))
-        return widen(torch.index_select(stored, 0, ids_T), name)
+        _check_shape(name, self._weights.shape(name), (rows, columns))
+        return widen(self._weights.rows(name, ids_T.tolist()), name)
+
+    def mlp(self, prefix: str, width: int, hidden: int) -> Mlp:
+        """Give the MLP below ``prefix``, such as "model.layers.3.mlp.shared_experts".
+
+        Raises:
+            IntegrityError, ManifestError, UnsupportedModelError: One of its matrices cannot be used.
+        """
+        return _checked_mlp(
+            self.matrix(f"{prefix}.gate_proj", width, hidden),
+            self.matrix(f"{prefix}.up_proj", width, hidden),
+            self.matrix(f"{prefix}.down_proj", hidden, width),
+        )
+
+    def experts(
+        self, layer: int, experts: Sequence[int], width: int, hidden: int
+    ) -> Iterator[Iterator[list[tuple[int, Mlp]]]]:
+        """Give routed experts of a layer with their numbers, in groups that follow their order.
+
+        Each group gives its members as they arrive, at first those that were there, which may be none.
+
+        Raises:
+            See `mlp`, and whatever the store raises.
+        """
+        for group in self._weights.expert_groups(layer, experts):
+            yield ([(expert.key[1], self._prepare(expert, width, hidden)) for expert in some] for some in group)
+
+    def begin_pass(self) -> None:
+        """Tell the store that a pass through the model begins."""
+        self._weights.begin_pass()
+
+    def _prepare(self, expert: Expert, width: int, hidden: int) -> Mlp:
+        if expert.prepared is None:
+            prefix = expert_prefix(*expert.key)
+            expert.prepared = _checked_mlp(
+                self._sized(_held_matrix(expert, f"{prefix}gate_proj"), width, hidden),
+                self._sized(_held_matrix(expert, f"{prefix}up_proj"), width, hidden),
+                self._sized(_held_matrix(expert, f"{prefix}down_proj"), hidden, width),
+            )
+        return cast(Mlp, expert.prepared)
+
+    def _sized(self, matrix: Matrix, rows: int, columns: int) -> Matrix:
+        _check_shape(matrix.name, tuple(matrix.weight.shape), (rows, columns))
+        if matrix.scale is not None and self._block is None:
+            raise ManifestError(
+                f"{matrix.name} has block scales, but config.json has no quantization_config to size them"
+            )
+        return replace(matrix, block=self._block or matrix.block)
 
 
-def _check_shape(name: str, stored: Tensor, wanted: tuple[int, ...]) -> None:
-    if tuple(stored.shape) != wanted:
+def _held_matrix(expert: Expert, prefix: str) -> Matrix:
+    weight, scale = expert.tensors[f"{prefix}.weight"], expert.tensors.get(f"{prefix}.weight_scale_inv")
+    if weight.dtype is torch.float8_e4m3fn and scale is None:
+        raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
+    return Matrix(weight=weight, scale=scale, name=f"{prefix}.weight")
+
+
+def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:
+    for matrix in (gate, up, down):
+        check(matrix)
+    return Mlp(gate=gate, up=up, down=down)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
         raise IntegrityError(
-            f"{name} has shape {list(stored.shape)}, but config.json asks for {list(wanted)}; "
+            f"{name} has shape {list(shape)}, but config.json asks for {list(wanted)}; "
             "the config belongs to another checkpoint, or the tensor is damaged"
         )

@@ -1,66 +1,126 @@
-"""Maps files when a tensor of theirs is first asked for, and hands out views in the stored dtype.
+"""The tensors of a checkpoint under their names, in the stored dtype, brought in when first asked for.
 
-Nothing is read here: the kernel brings a page in when the mathematics touches it. A layer or expert that no token
-needs is never opened. This file knows names and files; it must not know what the tensors mean.
+Dense weights lie in memory of our own; routed experts pass through a window; of the embedding only the rows that are
+asked for are read. A layer or expert that no token needs is never opened. This file knows names and files; it must
+not know what the tensors mean.
 """
 
-import warnings
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manifests.errors import ManifestError, UnsupportedModelError
-from manifests.inventory import Checkpoint, Location
+from manifests.errors import IntegrityError, ManifestError, ToolkitError
+from manifests.inventory import Checkpoint
+from runner.background import Background
+from runner.contents import Contents, Key, group_of
+from runner.dense import DenseWeights
 from runner.fp8 import Matrix
+from runner.memory import dtype_of
+from runner.policy import Policy
+from runner.reading import Direct, Files, Mapped
+from runner.residency import ExpertWindow, HeldExpert
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+WAYS: dict[str, type[Direct] | type[Mapped]] = {"mmap": Mapped, "direct": Direct}
+"""How experts come in, by what ``--io`` calls it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a store has read and held so far.
+
+    Attributes:
+        files: Files that were opened.
+        read_bytes: Bytes that were asked of them, dense and expert; the page cache may have had some.
+        expert_hits: Experts that were in memory when they were asked for.
+        expert_misses: Experts that were not.
+        wait_s: Seconds that the model waited for weights.
+        expert_bytes: Bytes of the experts that are in memory now.
+        dense_bytes: Bytes of everything else that is.
+    """
+
+    files: int
+    read_bytes: int
+    expert_hits: int
+    expert_misses: int
+    wait_s: float
+    expert_bytes: int
+    dense_bytes: int
 
 
 class WeightStore:
-    """The tensors of a checkpoint under their names.
+    """The tensors of a checkpoint.
 
-    Attributes:
-        mapped_files: Files mapped so far.
-        mapped_bytes: Their sizes together; what was read of them is less.
+    Args:
+        checkpoint: Where they are.
+        order: Groups in the order in which a pass uses them, see `contents.pass_order`; each is read while those
+            before it are used.
+        experts: Routed experts that may be asked for.
+        slots: How many of these may be in memory at once; all when not given.
+        io: A key of WAYS.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        order: Sequence[str] = (),
+        experts: Sequence[Key] = (),
+        slots: int | None = None,
+        io: str = "direct",
+    ) -> None:
         self._checkpoint = checkpoint
-        self._mappings: dict[str, memoryview] = {}
-        self._views: dict[str, Tensor] = {}
-
-    @property
-    def mapped_files(self) -> int:
-        """How many files are mapped."""
-        return len(self._mappings)
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Bytes of address space that the mapped files take."""
-        return sum(map(len, self._mappings.values()))
+        self._contents = contents = Contents(checkpoint)
+        self._files = Files({file.path: file.size for file in checkpoint.manifest.files})
+        background = Background()
+        self._dense = DenseWeights(contents.group, order, Direct(self._files), background)
+        way = WAYS[io](self._files)
+        self._window = ExpertWindow(
+            lambda key: contents.expert(key, way.alignment),
+            slots=max(1, len(experts)) if slots is None else slots,
+            slot_bytes=contents.slot_bytes(sorted({layer for layer, _ in experts}), way.alignment),
+            way=way,
+            background=background,
+            policy=Policy(),
+        )
+        self._rows_read = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._checkpoint
 
+    @property
+    def usage(self) -> Usage:
+        """What was read and held so far."""
+        counters = self._window.counters
+        return Usage(
+            files=self._files.opened,
+            read_bytes=self._dense.read_bytes + counters.read_bytes + self._rows_read,
+            expert_hits=counters.hits,
+            expert_misses=counters.misses,
+            wait_s=self._dense.wait_s + counters.wait_s,
+            expert_bytes=self._window.held_bytes,
+            dense_bytes=self._dense.read_bytes,
+        )
+
     def tensor(self, name: str) -> Tensor:
-        """A view of a tensor's mapped bytes, in its stored dtype and shape. It must not be written to.
+        """A tensor in its stored dtype and shape. It must not be written to.
 
         Raises:
             ManifestError: The checkpoint has no such tensor.
             SourceNotFoundError: Its file is gone.
-            IntegrityError: Its file has another size than the manifest says.
-            ResourceError: The system has no room for another mapping.
+            IntegrityError: Its file has another size than the manifest says, or was replaced while in use.
+            ResourceError: The system has no room for it.
             UnsupportedModelError: It is stored in a way that the runner does not read.
         """
-        view = self._views.get(name)
-        if view is None:
-            view = self._views[name] = self._view(name)
-        return view
+        found = self._dense.group(group_of(name)).get(name)
+        if found is None:
+            location = self._contents.locate(name)  # refuses what the checkpoint does not have
+            return torch.empty(location.shape, dtype=dtype_of(name, location.dtype))  # it has no bytes
+        return found
 
     def matrix(self, prefix: str) -> Matrix:
         """``prefix.weight``, with ``prefix.weight_scale_inv`` when it is stored in FP8.
@@ -76,29 +136,45 @@ class WeightStore:
             raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
         return Matrix(weight=weight, scale=self.tensor(f"{prefix}.weight_scale_inv"))
 
-    def _view(self, name: str) -> Tensor:
-        location = self._checkpoint.find(name)
-        if location is None:
-            left_out = "" if self._checkpoint.manifest.selection.is_everything else ", only a part was resharded"
-            raise ManifestError(f"{self._checkpoint.root}: has no tensor {name}{left_out}")
-        dtype = _DTYPES.get(location.dtype)
-        if dtype is None:
-            raise UnsupportedModelError(
-                f"{name} is stored as {location.dtype}; the runner reads {', '.join(sorted(_DTYPES))}"
-            )
-        if location.size == 0:
-            return torch.empty(location.shape, dtype=dtype)
-        # The published shards have no padding, so offsets may be odd even for four-byte elements. torch reads such
-        # views; only `Tensor.view(dtype)` refuses them, so the dtype is given here.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(
-                self._map(location), dtype=dtype, count=location.size // dtype.itemsize, offset=location.offset
-            )
-        return flat.view(location.shape)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of a tensor, which is not read for it.
 
-    def _map(self, location: Location) -> memoryview:
-        mapping = self._mappings.get(location.file)
-        if mapping is None:
-            mapping = self._mappings[location.file] = self._checkpoint.map_file(location.file)
-        return mapping
+        Raises:
+            ManifestError: The checkpoint has no such tensor.
+        """
+        return self._contents.locate(name).shape
+
+    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, [len(ids), columns] in its stored dtype; no others are read.
+
+        Raises:
+            See `tensor`.
+        """
+        location = self._contents.locate(name)
+        dtype = dtype_of(name, location.dtype)
+        row_bytes = location.shape[1] * dtype.itemsize
+        found = bytearray(len(ids) * row_bytes)
+        view = memoryview(found)
+        with self._files.open(location.path, location.file) as (descriptor, _):
+            for number, row in enumerate(ids):
+                at = location.offset + row * row_bytes
+                try:
+                    count = os.preadv(descriptor, [view[number * row_bytes : (number + 1) * row_bytes]], at)
+                except OSError as error:
+                    raise ToolkitError(f"{location.path}: cannot be read at byte {at}: {error.strerror}") from error
+                if count < row_bytes:
+                    raise IntegrityError(f"{location.path}: ends at byte {at + count}; it was cut while in use")
+        self._rows_read += len(found)
+        return torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+
+    def begin_pass(self) -> None:
+        """A pass through the model begins: what was used long ago counts less from now on."""
+        self._window.tick()
+
+    def expert_groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list[HeldExpert]]]:
+        """Routed experts of one layer as they arrive; see `ExpertWindow.groups`."""
+        return self._window.groups(layer, experts)
+
+    def pin(self, experts: Sequence[Key]) -> None:
+        """Keep these experts in memory from now on; see `ExpertWindow.pin`."""
+        self._window.pin(experts)

@@ -1,20 +1,17 @@
-/* MLPs whose products follow each other in two parallel steps, not three calls each. */
+/* MLPs, down(silu(gate x) * (up x)): those of one call in two parallel steps, not in three for each; then their sum. */
 
 typedef struct {
     rk_matrix gate, up, down;
     const int64_t *token; /* which rows of x it is for; NULL for all of them in order */
-    const float *weight;  /* of each in the sum; NULL for 1 */
     int64_t tokens;
+    float *y; /* [tokens, hidden] */
 } rk_expert;
 
 typedef struct {
     const rk_expert *experts;
-    int64_t count, hidden, size;
     const int64_t *first; /* chunks before each expert's own; the last is their number */
     const float *const *x;
-    float *const *h, *const *up, *const *y;
-    float *out;
-    int64_t tokens;
+    float *const *h, *const *up;
     int rounds;
 } experts_job;
 
@@ -27,13 +24,19 @@ static inline float round_to_bf16(float value)
     return float_of_bits((bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
+static int64_t find_expert(const experts_job *job, int64_t chunk)
+{
+    int64_t e = 0;
+    while (chunk >= job->first[e + 1])
+        e++;
+    return e;
+}
+
 /* silu(gate x) * (up x), a few rows of one expert. */
 static void run_gate_up(const void *context, int64_t chunk)
 {
     const experts_job *job = context;
-    int64_t e = 0;
-    while (chunk >= job->first[e + 1])
-        e++;
+    const int64_t e = find_expert(job, chunk);
     const rk_expert *expert = job->experts + e;
     const int64_t width = expert->gate.rows, begin = (chunk - job->first[e]) * chunk_rows(&expert->gate);
     int64_t end = begin + chunk_rows(&expert->gate);
@@ -48,25 +51,13 @@ static void run_gate_up(const void *context, int64_t chunk)
         }
 }
 
-/* The weighted sum of the experts, in their order, of a few numbers of every token. */
 static void run_down(const void *context, int64_t chunk)
 {
     const experts_job *job = context;
-    const int64_t begin = chunk * job->size, hidden = job->hidden;
-    const int64_t end = begin + job->size < hidden ? begin + job->size : hidden;
-    for (int64_t t = 0; t < job->tokens; t++)
-        memset(job->out + t * hidden + begin, 0, (size_t)(end - begin) * sizeof(float));
-    for (int64_t e = 0; e < job->count; e++) {
-        const rk_expert *expert = job->experts + e;
-        multiply(&expert->down, begin, end, job->h[e], expert->tokens, job->y[e]);
-        for (int64_t t = 0; t < expert->tokens; t++) {
-            const float weight = expert->weight ? expert->weight[t] : 1.0f;
-            float *out = job->out + (expert->token ? expert->token[t] : t) * hidden;
-            const float *y = job->y[e] + t * hidden;
-            for (int64_t i = begin; i < end; i++)
-                out[i] += weight * y[i];
-        }
-    }
+    const int64_t e = find_expert(job, chunk);
+    const rk_expert *expert = job->experts + e;
+    const int64_t begin = (chunk - job->first[e]) * chunk_rows(&expert->down);
+    multiply(&expert->down, begin, begin + chunk_rows(&expert->down), job->h[e], expert->tokens, expert->y);
 }
 
 /* Floats of working memory that rk_experts needs. */
@@ -74,43 +65,86 @@ int64_t rk_experts_room(const rk_expert *experts, int64_t count)
 {
     int64_t room = 0;
     for (int64_t e = 0; e < count; e++)
-        room += experts[e].tokens * (2 * experts[e].gate.rows + 2 * experts[e].gate.columns);
+        room += experts[e].tokens * (2 * experts[e].gate.rows + (experts[e].token ? experts[e].gate.columns : 0));
     return room;
 }
 
-/* out = the sum over experts of weight * down(silu(gate x) * up x), in their order; x and out are [tokens, hidden].
-
-   With `rounds` the products' other operands are rounded to bfloat16: h here, x by the caller. Returns 0, or -1 when
-   there is no memory. */
-int rk_experts(const rk_expert *experts, int64_t count, const float *x, int64_t tokens, float *out, float *room, int rounds)
+/* Each expert's y from rows of x, [.., hidden]. With `rounds` the products' other operands are rounded to bfloat16: h
+   here, x by the caller. Returns 0, or -1 when there is no memory. */
+int rk_experts(const rk_expert *experts, int64_t count, const float *x, float *room, int rounds)
 {
-    const int64_t hidden = count ? experts[0].gate.columns : 0;
-    void *memory = malloc((size_t)(count + 1) * (sizeof(int64_t) + 4 * sizeof(float *)));
+    void *memory = malloc((size_t)(count + 1) * (2 * sizeof(int64_t) + 3 * sizeof(float *)));
     if (memory == NULL)
         return -1;
-    float **inputs = memory, **h = inputs + count, **up = h + count, **y = up + count;
-    int64_t *first = (int64_t *)(y + count);
+    const float **inputs = memory;
+    float **h = (float **)(inputs + count), **up = h + count;
+    int64_t *first = (int64_t *)(up + count), *first_down = first + count + 1;
     int64_t bytes = 0;
-    first[0] = 0;
+    first[0] = first_down[0] = 0;
     for (int64_t e = 0; e < count; e++) {
         const rk_expert *expert = experts + e;
-        const int64_t width = expert->gate.rows;
+        const int64_t width = expert->gate.rows, hidden = expert->gate.columns;
         h[e] = room;
         up[e] = h[e] + expert->tokens * width;
-        y[e] = up[e] + expert->tokens * width;
-        inputs[e] = y[e] + expert->tokens * hidden;
-        room = inputs[e] + expert->tokens * hidden;
+        room = up[e] + expert->tokens * width;
+        inputs[e] = x;
+        if (expert->token != NULL) {
+            inputs[e] = room;
+            for (int64_t t = 0; t < expert->tokens; t++, room += hidden)
+                memcpy(room, x + expert->token[t] * hidden, (size_t)hidden * sizeof *x);
+        }
         bytes += matrix_bytes(&expert->gate) * expert->tokens;
         first[e + 1] = first[e] + count_chunks(width, chunk_rows(&expert->gate));
-        for (int64_t t = 0; t < expert->tokens; t++)
-            memcpy(inputs[e] + t * hidden, x + (expert->token ? expert->token[t] : t) * hidden, (size_t)hidden * sizeof *x);
+        first_down[e + 1] = first_down[e] + count_chunks(hidden, chunk_rows(&expert->down));
     }
-    experts_job job = {experts, count, hidden, 0, first, (const float *const *)inputs, h, up, y, out, tokens, rounds};
+    experts_job job = {experts, first, inputs, h, up, rounds};
     pthread_mutex_lock(&pool.caller);
     run_chunks(run_gate_up, &job, first[count], 2 * bytes);
-    job.size = count ? chunk_rows(&experts[0].down) : 1;
-    run_chunks(run_down, &job, count_chunks(hidden, job.size), bytes);
+    job.first = first_down;
+    run_chunks(run_down, &job, first_down[count], bytes);
     pthread_mutex_unlock(&pool.caller);
     free(memory);
     return 0;
+}
+
+typedef struct {
+    const float *y;       /* [tokens, hidden] */
+    const int64_t *token; /* which rows of the sum they belong to; NULL for all of them in order */
+    const float *weight;  /* of each; NULL for 1 */
+    int64_t tokens;
+} rk_part;
+
+typedef struct {
+    const rk_part *parts;
+    int64_t count, hidden;
+    float *out;
+} sum_job;
+
+#define SUM_COLUMNS 512
+
+static void run_sum(const void *context, int64_t chunk)
+{
+    const sum_job *job = context;
+    const int64_t begin = chunk * SUM_COLUMNS, hidden = job->hidden;
+    const int64_t end = begin + SUM_COLUMNS < hidden ? begin + SUM_COLUMNS : hidden;
+    for (const rk_part *part = job->parts; part < job->parts + job->count; part++)
+        for (int64_t t = 0; t < part->tokens; t++) {
+            const float weight = part->weight ? part->weight[t] : 1.0f;
+            float *out = job->out + (part->token ? part->token[t] : t) * hidden;
+            const float *y = part->y + t * hidden;
+            for (int64_t i = begin; i < end; i++)
+                out[i] += weight * y[i];
+        }
+}
+
+/* out += the sum of weight * y over the parts, in their order. */
+void rk_sum(const rk_part *parts, int64_t count, int64_t hidden, float *out)
+{
+    const sum_job job = {parts, count, hidden, out};
+    int64_t bytes = 0;
+    for (int64_t p = 0; p < count; p++)
+        bytes += parts[p].tokens * hidden * (int64_t)sizeof *out;
+    pthread_mutex_lock(&pool.caller);
+    run_chunks(run_sum, &job, count_chunks(hidden, SUM_COLUMNS), bytes);
+    pthread_mutex_unlock(&pool.caller);
 }

@@ -22,8 +22,8 @@ from report import finish, say
 from torch import Tensor
 
 from runner import kernels
-from runner.fp8 import Matrix, dequantize
-from runner.kernels import Expert, Kernels
+from runner.fp8 import Matrix, Mlp, dequantize
+from runner.kernels import Kernels
 
 HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
 MATRIX_BYTES = HIDDEN * WIDTH
@@ -83,9 +83,9 @@ def matrix(memory: Tensor, number: int, rows: int, columns: int, scale: Tensor) 
     return Matrix(weight=codes.view(torch.float8_e4m3fn).view(rows, columns), scale=scale)
 
 
-def experts(up: list[Matrix], down: list[Matrix], count: int) -> list[Expert]:
+def experts(up: list[Matrix], down: list[Matrix], count: int) -> list[Mlp]:
     """Three matrices that follow each other are one."""
-    return [Expert(gate=up[3 * n], up=up[3 * n + 1], down=down[3 * n + 2]) for n in range(count)]
+    return [Mlp(gate=up[3 * n], up=up[3 * n + 1], down=down[3 * n + 2]) for n in range(count)]
 
 
 def linear(compiled: Kernels, x: Tensor) -> Callable[[Matrix], Any]:
@@ -93,9 +93,9 @@ def linear(compiled: Kernels, x: Tensor) -> Callable[[Matrix], Any]:
     return lambda matrix: compiled.linear(x, matrix)
 
 
-def expert(compiled: Kernels, x: Tensor) -> Callable[[Expert], Any]:
+def expert(compiled: Kernels, x: Tensor) -> Callable[[Mlp], Any]:
     """An expert's output."""
-    return lambda one: compiled.experts([one], x, dtype=torch.float32)
+    return lambda one: compiled.experts([(one, None)], x, dtype=torch.float32)
 
 
 def add(

@@ -15,12 +15,15 @@ How the numbers were chosen, so that a comparison of logits is not blind:
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifests.errors import IncompleteError
+from manifests.names import expert_prefix
 from runner.fp8 import Matrix
 
 Config = dict[str, Any]
@@ -247,3 +250,30 @@ class DictStore:
     def matrix(self, prefix: str) -> Matrix:
         weight, scale_name = self.tensor(f"{prefix}.weight"), f"{prefix}.weight_scale_inv"
         return Matrix(weight=weight, scale=self.tensor(scale_name) if scale_name in self else None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
+        return self.tensor(name)[list(ids)]
+
+    def expert_groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list["DictExpert"]]]:
+        yield iter([[DictExpert(key=(layer, expert), tensors=self._expert(layer, expert)) for expert in experts]])
+
+    def begin_pass(self) -> None:
+        pass
+
+    def _expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        prefix = expert_prefix(layer, expert)
+        names = [f"{prefix}{projection}.weight" for projection in ("gate_proj", "up_proj", "down_proj")]
+        scales = [f"{name}_scale_inv" for name in names if f"{name}_scale_inv" in self]
+        return {name: self.tensor(name) for name in (*names, *scales)}
+
+
+@dataclass
+class DictExpert:
+    """One routed expert of a DictStore."""
+
+    key: tuple[int, int]
+    tensors: dict[str, Tensor]
+    prepared: Any = None

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from runner import kernels
-from runner.fp8 import Matrix, dequantize
-from runner.kernels import Expert, Kernels
+from runner.fp8 import Matrix, Mlp, dequantize
+from runner.kernels import Kernels, Part
 
 BLOCK = 128
 WITH_FMA = tuple(variant for variant in kernels.supported() if variant != "portable")
@@ -241,6 +242,14 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+def summed(compiled: Kernels, experts: list[tuple[Mlp, Part]], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weighted sum of MLPs; each part's y is not yet known."""
+    found = compiled.experts([(mlp, part.token) for mlp, part in experts], x, dtype=dtype)
+    out = torch.zeros_like(x)
+    compiled.add([replace(part, y=y) for (_, part), y in zip(experts, found, strict=True)], out)
+    return out
+
+
 def experts_of(hidden: int, widths: tuple[int, ...]) -> list[tuple[Matrix, Matrix, Matrix]]:
     return [(fp8(width, hidden), fp8(width, hidden), fp8(hidden, width)) for width in widths]
 
@@ -256,7 +265,7 @@ def test_experts(compiled: Kernels, tokens: int, dtype: torch.dtype) -> None:
         chosen = torch.rand(tokens, generator=generator) < 0.6
         token = chosen.nonzero()[:, 0] if number < 3 else None
         weight = torch.rand(int(chosen.sum()), generator=generator) if number < 3 else None
-        calls.append(Expert(gate=gate, up=up, down=down, token=token, weight=weight))
+        calls.append((Mlp(gate=gate, up=up, down=down), Part(y=x, token=token, weight=weight)))
         some = x if token is None else x[token]
         h = silu(some.double() @ dequantize(gate).double().T) * (some.double() @ dequantize(up).double().T)
         y = h @ dequantize(down).double().T
@@ -265,34 +274,34 @@ def test_experts(compiled: Kernels, tokens: int, dtype: torch.dtype) -> None:
         elif weight is not None:
             expected.index_add_(0, token, y * weight.double().unsqueeze(1))
         size = max(size, *y.abs().flatten().tolist(), 0.0)
-    found = compiled.experts(calls, x, dtype=dtype)
+    found = summed(compiled, calls, x, dtype)
     bound = (3e-6 if dtype is torch.float32 else 2e-2) * size
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
     if dtype is torch.bfloat16:
-        assert not torch.equal(found, compiled.experts(calls, x, dtype=torch.float32))
+        assert not torch.equal(found, summed(compiled, calls, x, torch.float32))
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(compiled.experts(calls, x, dtype=dtype), found)
+        assert torch.equal(summed(compiled, calls, x, dtype), found)
 
 
 def test_each_token_gets_the_same_beside_others(compiled: Kernels) -> None:
     ((gate, up, down),) = experts_of(300, (70,))
-    call, x = [Expert(gate=gate, up=up, down=down)], seeded(40, 300) / 20
-    alone = torch.cat([compiled.experts(call, one, dtype=torch.float32) for one in x.split(1)])
-    assert torch.equal(compiled.experts(call, x, dtype=torch.float32), alone)
+    mlp, x = Mlp(gate=gate, up=up, down=down), seeded(40, 300) / 20
+    alone = torch.cat([compiled.experts([(mlp, None)], one, dtype=torch.float32)[0] for one in x.split(1)])
+    assert torch.equal(compiled.experts([(mlp, None)], x, dtype=torch.float32)[0], alone)
 
 
-def test_experts_are_summed_in_their_order(compiled: Kernels) -> None:
+def test_parts_are_added_in_their_order(compiled: Kernels) -> None:
     """1e8, 1 and -1e8 add up to 0 in this order and to 1 in another."""
-    one = Matrix(weight=torch.ones(1, 1), scale=None)
-    h = float(silu(torch.tensor(1.0)))
-    calls = [
-        Expert(gate=one, up=one, down=one, token=torch.tensor([0]), weight=torch.tensor([value / h]))
+    parts = [
+        Part(y=torch.full((1, 700), value / 2), token=torch.tensor([1]), weight=torch.tensor([2.0]))
         for value in (1e8, 1.0, -1e8)
     ]
-    x = torch.ones(1, 1)
-    assert compiled.experts(calls, x, dtype=torch.float32).item() == 0
-    assert compiled.experts([calls[0], calls[2], calls[1]], x, dtype=torch.float32).item() == pytest.approx(1)
+    out = torch.zeros(2, 700)
+    compiled.add(parts, out)
+    assert not out.any()
+    compiled.add([parts[0], parts[2], parts[1]], out)
+    assert torch.equal(out, torch.tensor([[0.0], [1.0]]).expand(2, 700))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

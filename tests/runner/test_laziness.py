@@ -4,6 +4,7 @@ import math
 import shutil
 import weakref
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from reshard.run import reshard_checkpoint
 from reshard.source import read_source
 from runner import demo, kernels
 from runner.cache import LatentCache
+from runner.loaded import LoadedModel
+from runner.weights import Usage
+
+NOTHING = Usage(
+    files=0, read_bytes=0, expert_hits=0, expert_misses=0, wait_s=0.0, expert_bytes=0, dense_bytes=0
+)
 
 PROMPT = "import os\n\n\ndef "
 
@@ -78,12 +85,13 @@ def test_an_expert_that_is_needed_and_gone_is_named(resharded: Path, tmp_path: P
         experts_of(copy, 1)
 
 
-def test_opening_a_model_maps_nothing(resharded: Path) -> None:
+def test_opening_a_model_reads_nothing(resharded: Path) -> None:
     model = runner.load(resharded)
-    assert model.weights.mapped_files == 0
+    assert model.weights.usage == NOTHING
     model.generate("x", max_tokens=1)
     # embed, head, four dense parts, and 8 experts for each of 2 prompt tokens in 3 layers at most.
-    assert 6 + 3 * 8 <= model.weights.mapped_files <= 6 + 3 * 16
+    assert 6 + 3 * 8 <= model.weights.usage.files <= 6 + 3 * 16
+    assert model.weights.usage.files == 6 + model.weights.usage.expert_misses
 
 
 def test_the_same_text_from_shards_and_from_experts(resharded: Path) -> None:
@@ -100,9 +108,9 @@ class LiveBytes(TorchDispatchMode):
         self._holders: Counter[int] = Counter()
         self._mapped: set[int] = set()
 
-    def ignore(self, tensor: torch.Tensor) -> None:
-        """Do not count this tensor's storage."""
-        self._mapped.add(tensor.untyped_storage().data_ptr())
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count these tensors' storages."""
+        self._mapped.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -128,6 +136,14 @@ class LiveBytes(TorchDispatchMode):
             self._live -= size
 
 
+def weights_of(model: LoadedModel) -> Iterator[torch.Tensor]:
+    """Every stored tensor that is in memory."""
+    for tensors in model.weights._dense._ready.values():
+        yield from tensors.values()
+    for expert in model.weights._window._held.values():
+        yield from expert.tensors.values()
+
+
 @pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")
 def test_compiled_products_expand_nothing_but_what_attention_absorbs(resharded: Path) -> None:
     model = runner.load(resharded)
@@ -136,14 +152,12 @@ def test_compiled_products_expand_nothing_but_what_attention_absorbs(resharded: 
     rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     cache_bytes = config.num_hidden_layers * 256 * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
     meter = LiveBytes()
-    for view in model.weights._views.values():
-        meter.ignore(view)
+    meter.ignore(weights_of(model))
     with meter:
         hidden = model.model.hidden(token, LatentCache(config, 256))
     assert meter.peak <= rows * config.kv_lora_rank * 4 + cache_bytes + 64 * 1024
     meter = LiveBytes()
-    for view in model.weights._views.values():
-        meter.ignore(view)
+    meter.ignore(weights_of(model))
     with meter:
         model.model.logits(hidden)
     assert config.vocab_size * 4 <= meter.peak <= config.vocab_size * 4 + 64 * 1024
@@ -166,8 +180,7 @@ def test_never_more_than_one_tensor_is_expanded(resharded: Path) -> None:
     cache = LatentCache(config, 256)
     cache_bytes = config.num_hidden_layers * 256 * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
     meter = LiveBytes()
-    for view in model.weights._views.values():
-        meter.ignore(view)
+    meter.ignore(weights_of(model))
     with meter:
         hidden = model.model.hidden(token, cache)
     assert largest <= meter.peak <= largest + cache_bytes + 64 * 1024

@@ -221,8 +221,8 @@ def test_without_a_path_the_demo_is_opened(tiny_checkpoint: Path, monkeypatch: p
         runner.load()
 
 
-def test_opening_maps_nothing(tiny_checkpoint: Path) -> None:
-    assert LoadedModel(tiny_checkpoint).weights.mapped_files == 0
+def test_opening_reads_nothing(tiny_checkpoint: Path) -> None:
+    assert LoadedModel(tiny_checkpoint).weights.usage.files == 0
 
 
 def test_a_folder_without_config_is_refused(edited: EditedCheckpoint) -> None:

@@ -1,18 +1,26 @@
-"""The store: zero-copy views in the stored dtype, mapped on first use; what is wrong is refused before mapping."""
+"""The store: views in the stored dtype, read on first use; what is wrong is refused by name."""
 
 import gc
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import manifests
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.header import HeaderTensor, encode_header
+from runner import background
 from runner.weights import WeightStore
+
+def load_files(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors, by the stock library."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
@@ -59,15 +67,28 @@ def test_every_bit_pattern_comes_through_at_odd_offsets(tmp_path: Path, dtype: t
     assert torch.equal(found.clone().view(torch.uint8), stored.view(torch.uint8))
 
 
-def test_nothing_is_mapped_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
+def test_nothing_is_read_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
     store = WeightStore(manifests.open(tiny_checkpoint))
-    assert (store.mapped_files, store.mapped_bytes) == (0, 0)
-    store.tensor("model.norm.weight")
-    assert store.mapped_files == 1
-    assert store.mapped_bytes == (tiny_checkpoint / "model-00002-of-000002.safetensors").stat().st_size
+    assert (store.usage.files, store.usage.read_bytes) == (0, 0)
+    norm = store.tensor("model.norm.weight")
+    assert (store.usage.files, store.usage.read_bytes) == (1, norm.nbytes)
+    # The whole layer with it, but none of its experts.
+    gate = store.tensor("model.layers.1.mlp.gate.weight")
+    names = [name for name in load_files(tiny_checkpoint) if name.startswith("model.layers.1.") and ".experts." not in name]
+    assert store.usage.read_bytes >= norm.nbytes + sum(load_files(tiny_checkpoint)[name].nbytes for name in names)
+    assert torch.equal(gate, load_files(tiny_checkpoint)["model.layers.1.mlp.gate.weight"])
 
 
-def test_views_share_the_mapping(tiny_checkpoint: Path) -> None:
+def test_rows_are_read_alone(tiny_checkpoint: Path) -> None:
+    store = WeightStore(manifests.open(tiny_checkpoint))
+    whole = load_files(tiny_checkpoint)["model.embed_tokens.weight"]
+    found = store.rows("model.embed_tokens.weight", [3, 299, 3])
+    assert torch.equal(found, whole[[3, 299, 3]])
+    assert store.usage.read_bytes == found.nbytes
+    assert store.shape("model.embed_tokens.weight") == tuple(whole.shape)
+
+
+def test_views_share_the_memory(tiny_checkpoint: Path) -> None:
     store = WeightStore(manifests.open(tiny_checkpoint))
     once, again = store.tensor("lm_head.weight"), WeightStore(manifests.open(tiny_checkpoint)).tensor("lm_head.weight")
     assert store.tensor("lm_head.weight").data_ptr() == once.data_ptr()
@@ -89,7 +110,7 @@ def test_unknown_names_and_dtypes_are_refused(tmp_path: Path) -> None:
         store.tensor("x.weight")
 
 
-def test_a_file_that_shrank_is_refused_before_it_is_mapped(tmp_path: Path) -> None:
+def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"x.weight": torch.zeros(4000)}, path)
     store = WeightStore(manifests.open(tmp_path))
@@ -108,11 +129,11 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         store.tensor("x.weight")
 
 
-def test_an_empty_tensor_needs_no_mapping(tmp_path: Path) -> None:
+def test_an_empty_tensor_needs_no_memory(tmp_path: Path) -> None:
     save_file({"x.weight": torch.zeros(0, 4)}, tmp_path / "model.safetensors")
     store = WeightStore(manifests.open(tmp_path))
     assert store.tensor("x.weight").shape == (0, 4)
-    assert store.mapped_files == 0
+    assert store.usage.files == 0
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
@@ -124,22 +145,38 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     store = WeightStore(manifests.open(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     assert all(float(store.tensor(name).sum()) == 24 for name in shards)
-    assert store.mapped_files == 40
+    assert store.usage.files == 40
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_mapping_ends_with_its_last_view(tmp_path: Path) -> None:
-    save_file({"x.weight": torch.ones(4)}, tmp_path / "mapped.safetensors")
+def regions() -> int:
+    """Parts of our memory that are reserved and not taken: what `Region` makes, and nothing else here."""
+    return Path("/proc/self/smaps").read_text(encoding="utf-8").count(" nr ")
 
-    def is_mapped() -> bool:
-        return "mapped.safetensors" in Path("/proc/self/maps").read_text(encoding="utf-8")
 
-    store = WeightStore(manifests.open(tmp_path / "mapped.safetensors"))
+def test_memory_goes_with_the_last_view(tmp_path: Path) -> None:
+    save_file({"x.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    before = regions()
+    store = WeightStore(manifests.open(tmp_path))
     view = store.tensor("x.weight")
     del store
     gc.collect()
-    assert is_mapped()
+    assert regions() > before
     assert view.tolist() == [1, 1, 1, 1]
     del view
     gc.collect()
-    assert not is_mapped()
+    assert regions() == before
+
+
+def test_threads_end_with_the_store(tiny_checkpoint: Path) -> None:
+    before = threading.active_count()
+    store = WeightStore(manifests.open(tiny_checkpoint))
+    store.tensor("model.norm.weight")
+    assert threading.active_count() == before + background.THREADS
+    del store
+    gc.collect()
+    for _ in range(1000):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before

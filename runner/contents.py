@@ -1,0 +1,103 @@
+"""Which tensors of a checkpoint are read together: a layer's dense part, a routed expert, the head.
+
+Names and sizes only; nothing is read, and no memory is taken. This file must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from manifests.errors import ManifestError
+from manifests.inventory import Checkpoint, Location
+from manifests.names import expert_prefix
+from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
+
+Key = tuple[int, int]
+"""A routed expert: layer and number."""
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_LAYERS = "model.layers."
+_EXPERTS = ".mlp.experts."
+# Copies of model.embed_tokens and lm_head that MTP layers have: 3.7 GB in DeepSeek-V3, which few need.
+_APART = (".embed_tokens.", ".shared_head.head.")
+
+
+def group_of(name: str) -> str:
+    """The group that a tensor is read with: its layer, its expert, or its own name without the last part."""
+    if name.startswith(_LAYERS) and not any(part in name for part in _APART):
+        if (found := name.find(_EXPERTS)) > 0:
+            return name[: name.find(".", found + len(_EXPERTS))]
+        return name[: name.find(".", len(_LAYERS))]
+    return name.rpartition(".")[0]
+
+
+def pass_order(layers: int) -> list[str]:
+    """The groups that one pass through a model of so many layers uses, in its order, without routed experts."""
+    return [*(f"{_LAYERS}{layer}" for layer in range(layers)), "model.norm", "lm_head"]
+
+
+class Contents:
+    """The tensors of a checkpoint in groups."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def locate(self, name: str) -> Location:
+        """Where a tensor is.
+
+        Raises:
+            ManifestError: The checkpoint has none of that name.
+            SourceNotFoundError, UnsupportedModelError: See `Checkpoint.find`.
+        """
+        location = self._checkpoint.find(name)
+        if location is None:
+            left_out = "" if self._checkpoint.manifest.selection.is_everything else ", only a part was resharded"
+            raise ManifestError(f"{self._checkpoint.root}: has no tensor {name}{left_out}")
+        return location
+
+    def group(self, group: str) -> Layout:
+        """How a group lies in memory; empty for one that the checkpoint does not have."""
+        return lay_out(map(self.locate, self._names.get(group, ())))
+
+    def expert(self, key: Key, alignment: int) -> Layout:
+        """How a routed expert lies in memory.
+
+        Raises:
+            ManifestError: A weight is not in the checkpoint.
+        """
+        return lay_out(map(self.locate, self._expert_names(key)), alignment=alignment)
+
+    def expert_bytes(self, layers: Iterable[int]) -> int:
+        """Bytes of the largest routed expert of these layers."""
+        # Experts of one layer have one shape.
+        return max((sum(self._sizes.get(name, 0) for name in self._expert_names((layer, 0))) for layer in layers), default=0)
+
+    def slot_bytes(self, layers: Iterable[int], alignment: int) -> int:
+        """Addresses that hold any routed expert of these layers, in a layout of this alignment."""
+        # In original shards an expert may be in as many parts as it has tensors.
+        parts = 1 if self._checkpoint.manifest.layout == "resharded" else 2 * len(_PROJECTIONS)
+        return self.expert_bytes(layers) + parts * (alignment + max(alignment, PAGE_BYTES))
+
+    def dense_bytes(self, groups: Sequence[str]) -> int:
+        """Memory that these groups take together, each in huge pages of its own."""
+        return sum(-(-self._group_bytes(group) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for group in groups)
+
+    def _group_bytes(self, group: str) -> int:
+        return sum(self._sizes[name] + PAGE_BYTES for name in self._names.get(group, ()))
+
+    def _expert_names(self, key: Key) -> list[str]:
+        prefix = expert_prefix(*key)
+        weights = [f"{prefix}{projection}.weight" for projection in _PROJECTIONS]
+        return weights + [scales for name in weights if (scales := f"{name}_scale_inv") in self._sizes]
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {tensor.name: tensor.size for file in self._checkpoint.manifest.files for tensor in file.tensors}
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self._sizes:
+            names.setdefault(group_of(name), []).append(name)
+        return names

@@ -1,0 +1,207 @@
+"""Brings the runs of a layout into memory, in one of two ways, and takes them out again.
+
+`direct` reads past the page cache into memory of our own; `mapped` lets the page cache hold the bytes. Either way a
+whole run is asked for at once, never one small page at a time, and a file that is not what it was is refused by name.
+This file must not know experts.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from manifests.errors import IntegrityError, ToolkitError
+from manifests.mapping import refusal
+from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, Run
+from runner.memory import Guard, Region
+
+_READ_BYTES = 1 << 30
+"""At most, by one call: systems give no more than 2 GiB."""
+
+
+class Files:
+    """The files of a checkpoint, each of which must stay what it was when it was first opened.
+
+    Args:
+        sizes: Bytes that each file must have, by its path in the checkpoint.
+
+    Attributes:
+        opened: Files that were opened so far.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def opened(self) -> int:
+        """How many files were opened so far."""
+        return len(self._seen)
+
+    @contextmanager
+    def open(self, path: Path, file: str, *, direct: bool = False) -> Iterator[tuple[int, bool]]:
+        """Open one file for reading, checked.
+
+        Args:
+            path: The file.
+            file: Its path in the checkpoint.
+            direct: Past the page cache, where its file system can.
+
+        Yields:
+            A descriptor, and whether it is direct.
+
+        Raises:
+            SourceNotFoundError: There is no such file.
+            IntegrityError: It has another size than the manifest says, or was replaced while the model ran.
+            ResourceError: Too many files are open.
+        """
+        try:
+            descriptor, is_direct = _open(path, direct=direct)
+        except OSError as error:
+            raise refusal(path, error.errno or 0) from error
+        try:
+            found = os.fstat(descriptor)
+            if found.st_size != self._sizes[file]:
+                raise IntegrityError(
+                    f"{path}: has {found.st_size} bytes, expected {self._sizes[file]}; `reshard verify` tells more"
+                )
+            now = (found.st_dev, found.st_ino, found.st_mtime_ns)
+            with self._lock:
+                if self._seen.setdefault(file, now) != now:
+                    raise IntegrityError(f"{path}: was replaced or written to while in use; start again")
+            yield descriptor, is_direct
+        finally:
+            os.close(descriptor)
+
+
+def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    if direct and hasattr(os, "O_DIRECT"):
+        try:
+            return os.open(path, flags | os.O_DIRECT), True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return os.open(path, flags), False
+
+
+class Way(Protocol):
+    """How layouts come into a region and leave it."""
+
+    alignment: int
+    """Of the layouts that it takes."""
+
+    def guard(self, region: Region, part_bytes: int) -> Guard | None:
+        """What tells that a part's file was cut while in use; None where that cannot be noticed, nor do harm."""
+
+    def load(self, layout: Layout, region: Region, position: int) -> None:
+        """Bring all runs in; they are in memory when it returns.
+
+        Raises:
+            SourceNotFoundError, IntegrityError, ResourceError, ToolkitError: See `Files.open`; or the disk failed.
+        """
+
+    def unload(self, layout: Layout, region: Region, position: int) -> None:
+        """Take out what `load` brought in."""
+
+
+class Direct:
+    """Reads into anonymous memory past the page cache; where the file system cannot, through it and out of it."""
+
+    alignment = PAGE_BYTES
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def guard(self, region: Region, part_bytes: int) -> None:
+        """None: the bytes are copies."""
+
+    def load(self, layout: Layout, region: Region, position: int) -> None:
+        """See `Way`."""
+        for run in layout.runs:
+            with self._files.open(run.path, run.file, direct=True) as (descriptor, is_direct):
+                self._read(run, descriptor, region, position + run.position, is_direct=is_direct)
+                if not is_direct and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
+
+    def unload(self, layout: Layout, region: Region, position: int) -> None:
+        """Nothing: the next expert is read over this one."""
+
+    def _read(self, run: Run, descriptor: int, region: Region, position: int, *, is_direct: bool) -> None:
+        # Whole pages of the file that hold the run: what direct reading takes, and no slower otherwise.
+        at = run.begin // PAGE_BYTES * PAGE_BYTES
+        while at < run.end:
+            wanted = -(-(run.end - at) // PAGE_BYTES) * PAGE_BYTES
+            view = region.bytes(position + at - run.offset, min(wanted, _READ_BYTES))
+            try:
+                count = os.preadv(descriptor, [view], at)
+            except OSError as error:
+                raise _read_error(run, at, error) from error
+            if at + count < run.end and (count == 0 or (is_direct and count % PAGE_BYTES)):
+                raise IntegrityError(f"{run.path}: ends at byte {at + count}, expected {run.end}; it was cut while in use")
+            at += count
+
+
+class Mapped:
+    """Maps the files, so that the page cache holds the bytes and other processes share them."""
+
+    alignment = HUGE_PAGE_BYTES
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def guard(self, region: Region, part_bytes: int) -> Guard:
+        """See `Way`."""
+        return Guard(region, part_bytes)
+
+    def load(self, layout: Layout, region: Region, position: int) -> None:
+        """See `Way`."""
+        for run in layout.runs:
+            # A file of its own for each mapping: reading ahead is remembered by open file.
+            with self._files.open(run.path, run.file) as (descriptor, _):
+                try:
+                    region.map_file(position + run.position, run.end - run.offset, descriptor, run.offset)
+                except OSError as error:
+                    raise refusal(run.path, error.errno or 0) from error
+                begin = run.begin - run.offset
+                try:
+                    if not region.populate(position + run.position + begin, run.end - run.begin):
+                        _read_through(descriptor, run)
+                except OSError as error:
+                    raise _read_error(run, run.begin, error) from error
+
+    def unload(self, layout: Layout, region: Region, position: int) -> None:
+        """Unmap, and ask for the page cache to let go: no other memory is freed for the next expert otherwise."""
+        region.clear(position, layout.size)
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for run in layout.runs:
+            try:
+                descriptor = os.open(run.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue  # gone; so are its pages
+            try:
+                os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _read_through(descriptor: int, run: Run) -> None:
+    """Fill the page cache by reading: the way of systems that cannot populate a mapping."""
+    at = run.begin
+    while at < run.end:
+        count = len(os.pread(descriptor, min(run.end - at, 1 << 22), at))
+        if not count:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        at += count
+
+
+def _read_error(run: Run, at: int, error: OSError) -> ToolkitError:
+    # A populated page behind the end of its file is a bad address.
+    if error.errno in (errno.EFAULT, errno.ENXIO):
+        return IntegrityError(f"{run.path}: ends before byte {run.end}; it was cut while in use")
+    return ToolkitError(f"{run.path}: cannot be read at byte {at}: {error.strerror}")

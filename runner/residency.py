@@ -1,0 +1,261 @@
+"""Which routed experts are in memory: a window of slots, one expert in each, within a budget.
+
+What is missing is asked for at once and arrives in the background; what must make room is the policy's choice. This
+file knows files' layouts and addresses; it must not know mathematics.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from manifests.errors import IntegrityError
+from runner.background import Background, Load
+from runner.contents import Key
+from runner.layout import Layout
+from runner.memory import Guard, Region
+from runner.policy import Policy
+from runner.reading import Way
+
+GROUP_EXPERTS = 16
+"""Experts that are asked for together: enough for the disk, few enough that the next group arrives meanwhile."""
+
+_URGENCY = 1
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class HeldExpert:
+    """One expert that is in memory, or on its way.
+
+    Attributes:
+        key: Layer and expert.
+        slot: Where it lies.
+        layout: How.
+        load: Its arrival.
+        tensors: Views of its tensors by name; valid while the expert is locked.
+        prepared: Whatever its user makes of the tensors once, to be kept as long as they are.
+    """
+
+    key: Key
+    slot: int
+    layout: Layout
+    load: Load
+    tensors: dict[str, Tensor]
+    prepared: Any = field(default=None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """What the window did so far.
+
+    Attributes:
+        hits: Experts that were in memory when asked for.
+        misses: Experts that were read.
+        read_bytes: Of these.
+        wait_s: Seconds that somebody waited for them.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    read_bytes: int = 0
+    wait_s: float = 0.0
+
+
+class ExpertWindow:
+    """Slots for routed experts.
+
+    Args:
+        layout_of: Gives an expert's layout; raises ToolkitError where the checkpoint lacks it.
+        slots: Experts that may be in memory at once, at least 1.
+        slot_bytes: Addresses for one, whole pages.
+        way: How they come in.
+        background: Who brings them in.
+        policy: Which goes when room is needed.
+
+    Attributes:
+        slots: As given.
+        counters: What it did so far.
+    """
+
+    def __init__(
+        self,
+        layout_of: Callable[[Key], Layout],
+        *,
+        slots: int,
+        slot_bytes: int,
+        way: Way,
+        background: Background,
+        policy: Policy,
+    ) -> None:
+        self.slots = slots
+        self.counters = Counters()
+        self._layout_of = layout_of
+        # Each begins at a huge page, or where direct reading wants it.
+        self._slot_bytes = -(-slot_bytes // way.alignment) * way.alignment
+        self._way = way
+        self._background = background
+        self._policy = policy
+        self._region: Region | None = None  # reserved when the first expert comes
+        self._guard: Guard | None = None
+        self._held: dict[Key, HeldExpert] = {}
+        self._unused = list(range(slots - 1, -1, -1))
+
+    @property
+    def held(self) -> Collection[Key]:
+        """The experts that are in memory or on their way."""
+        return self._held.keys()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of these."""
+        return sum(expert.layout.needed_bytes for expert in self._held.values())
+
+    def tick(self) -> None:
+        """A pass through the model begins: the policy's clock."""
+        self._policy.tick()
+
+    def pin(self, keys: Sequence[Key]) -> None:
+        """Bring experts in and keep them as long as the model lives.
+
+        Raises:
+            ToolkitError: See `groups`.
+        """
+        for at in range(0, len(keys), GROUP_EXPERTS):
+            some = keys[at : at + GROUP_EXPERTS]
+            self._want(some)
+            try:
+                for key in some:
+                    self._arrive(self._held[key])
+            finally:
+                self._policy.unlock(some)
+            self._policy.pin(some)
+
+    def groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list[HeldExpert]]]:
+        """Give the experts of one layer, in groups that follow their order; the next group arrives meanwhile.
+
+        Each group gives its members as they arrive, at first those that are there already, which may be none. Their
+        memory is theirs until the next group is asked for.
+
+        Raises:
+            ToolkitError: What `layout_of` raised, or the disk gave; see `reading.Way.load`.
+            IntegrityError: A file was cut while its expert was in use.
+        """
+        size = min(self.slots, GROUP_EXPERTS)
+        if len(experts) > size:
+            size = max(1, min(GROUP_EXPERTS, self.slots // 2))
+        most = 2 if 2 * size <= self.slots else 1
+        waiting = deque([(layer, expert) for expert in experts[at : at + size]] for at in range(0, len(experts), size))
+        asked: deque[list[Key]] = deque()
+        try:
+            while waiting or asked:
+                while waiting and len(asked) < most:
+                    self._want(waiting[0])
+                    asked.append(waiting.popleft())
+                yield self._arrivals(asked[0])
+                self._check(asked[0])
+                self._policy.unlock(asked.popleft())
+        finally:
+            for keys in asked:
+                self._policy.unlock(keys)
+
+    def _want(self, keys: Sequence[Key]) -> None:
+        """Lock these experts and ask for those that are missing, in this order."""
+        locked = []
+        try:
+            # First those that are there: what is missing must not take their place.
+            for key in keys:
+                if key in self._held:
+                    self._policy.touch(key)
+                    self._policy.lock([key])
+                    locked.append(key)
+                    self.counters.hits += 1
+            for key in keys:
+                if key not in self._held:
+                    self._admit(key)
+                    self._policy.lock([key])
+                    locked.append(key)
+        except BaseException:
+            self._policy.unlock(locked)
+            raise
+
+    def _admit(self, key: Key) -> None:
+        layout = self._layout_of(key)
+        if layout.size > self._slot_bytes:
+            raise IntegrityError(
+                f"expert {key[1]} of layer {key[0]} takes {layout.size} bytes, others {self._slot_bytes}; "
+                "run `manifests check`"
+            )
+        if self._region is None:
+            self._region = Region(self.slots * self._slot_bytes)
+            self._guard = self._way.guard(self._region, self._slot_bytes)
+        previous = None
+        if not self._unused:
+            previous = self._held.pop(self._policy.victim())
+            self._policy.forget(previous.key)
+        slot = self._unused.pop() if previous is None else previous.slot
+        position = slot * self._slot_bytes
+        work = partial(_bring_in, self._way, layout, previous, self._region, position)
+        self._held[key] = HeldExpert(
+            key=key,
+            slot=slot,
+            layout=layout,
+            load=self._background.submit(work, urgency=_URGENCY),
+            tensors=self._region.tensors(layout, position),
+        )
+        self._policy.admit(key)
+        self.counters.misses += 1
+        self.counters.read_bytes += layout.needed_bytes
+
+    def _arrivals(self, keys: Sequence[Key]) -> Iterator[list[HeldExpert]]:
+        missing = deque(self._held[key] for key in keys)
+        there = [expert for expert in missing if expert.load.is_done]
+        while True:
+            for expert in there:
+                self._arrive(expert)
+            yield there
+            missing = deque(expert for expert in missing if expert not in there)
+            if not missing:
+                return
+            self._arrive(missing[0])
+            there = [expert for expert in missing if expert.load.is_done]
+
+    def _arrive(self, expert: HeldExpert) -> None:
+        """Wait for an expert; one that did not come is not held."""
+        begin = None if expert.load.is_done else time.perf_counter()
+        try:
+            expert.load.wait()
+        except Exception:
+            self._drop(expert)
+            raise
+        finally:
+            if begin is not None:
+                self.counters.wait_s += time.perf_counter() - begin
+
+    def _check(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            expert = self._held[key]
+            if self._guard is not None and self._guard.is_broken(expert.slot):
+                self._drop(expert)
+                names = ", ".join(str(run.path) for run in expert.layout.runs)
+                raise IntegrityError(f"{names}: was cut while in use; copy it back and start again")
+
+    def _drop(self, expert: HeldExpert) -> None:
+        if self._held.get(expert.key) is expert:
+            del self._held[expert.key]
+            self._policy.unlock([expert.key])
+            self._policy.forget(expert.key)
+            self._unused.append(expert.slot)
+
+
+def _bring_in(way: Way, layout: Layout, previous: HeldExpert | None, region: Region, position: int) -> None:
+    if previous is not None:
+        # It may still be on its way, when a run was interrupted; whether it came well does not matter any more.
+        with suppress(Exception):
+            previous.load.wait()
+        way.unload(previous.layout, region, position)
+    way.load(layout, region, position)
