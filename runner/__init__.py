@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(path: str | Path | None = None, *, ctx: int | None = None) -> LoadedModel:
-    """Open a checkpoint for running. Weights are mapped when they are first used.
+def load(
+    path: str | Path | None = None, *, ctx: int | None = None, ram: int | None = None, io: str = "mmap"
+) -> LoadedModel:
+    """Open a checkpoint for running. Weights are read when they are first used.
 
     Args:
         path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
-        ctx: The most positions that a text may have; the model's own limit when not given.
+        ctx: The most positions that a text may have; when not given, what memory and model allow.
+        ram: Bytes that the process may take in all; what the machine has to give when not given.
+        io: ``mmap`` or ``direct``, how experts come into memory.
 
     Raises:
         SourceNotFoundError: There is no checkpoint.
+        ResourceError: The memory is too small for it.
         ManifestError: It is damaged.
         UnsupportedModelError: It asks for something that is not implemented.
     """
     from runner.loaded import LoadedModel
 
-    return LoadedModel(path, ctx=ctx)
+    return LoadedModel(path, ctx=ctx, ram=ram, io=io)

@@ -77,6 +77,8 @@ def generate(
     max_tokens: int,
     stops: tuple[str, ...],
     ctx: int | None,
+    ram: int | None,
+    io: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -99,7 +101,7 @@ def generate(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     if system is None:

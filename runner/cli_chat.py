@@ -58,6 +58,8 @@ def chat(
     thinking: bool,
     max_tokens: int,
     ctx: int | None,
+    ram: int | None,
+    io: str,
     threads: int | None,
     quiet: bool,
     **given: Any,
@@ -75,7 +77,7 @@ def chat(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     conversation = Conversation(loaded.text, system=system, thinking=thinking)

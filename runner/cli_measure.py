@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import format_bytes, format_seconds, json_option, print_json, printable, quiet_option
+from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
-from runner.cli_options import model_option, note, read_text, set_threads, threads_option
+from runner.cli_options import memory_options, model_option, note, read_text, set_threads, threads_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,7 @@ TOP = 5
     show_default=True,
     help="What activations are rounded to before each product.",
 )
+@memory_options
 @threads_option
 @json_option
 @quiet_option
@@ -51,6 +52,8 @@ def logits(
     ids: str | None,
     out: str | None,
     dtype: str,
+    ram: int | None,
+    io: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -74,7 +77,7 @@ def logits(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, dtype=getattr(torch, dtype))
+    loaded = LoadedModel(model, dtype=getattr(torch, dtype), ram=ram, io=io)
     read = wanted if prompt is None else loaded.text.encode(prompt)
     if out is None:
         last_V = loaded.engine.last_logits(read)
@@ -110,11 +113,19 @@ def logits(
     metavar="N",
     help="Tokens in a window; windows overlap by one token.",
 )
+@memory_options
 @threads_option
 @json_option
 @quiet_option
 def eval_command(
-    model: str | None, files: tuple[str, ...], ctx: int, threads: int | None, as_json: bool, quiet: bool
+    model: str | None,
+    files: tuple[str, ...],
+    ctx: int,
+    ram: int | None,
+    io: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure how well a model predicts texts: perplexity, and bits per byte.
 
@@ -135,7 +146,7 @@ def eval_command(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}
@@ -148,15 +159,16 @@ def eval_command(
             )
     seconds = time.perf_counter() - begin
     whole = total(found.values())
-    files_mapped, bytes_mapped = loaded.weights.mapped_files, loaded.weights.mapped_bytes
+    usage = loaded.weights.usage
     if as_json:
         print_json(
             whole.to_document()
             | {
                 "ctx": ctx,
                 "seconds": seconds,
-                "mapped_files": files_mapped,
-                "mapped_bytes": bytes_mapped,
+                "read_bytes": usage.read_bytes,
+                "wait_s": usage.wait_s,
+                "resident_bytes": usage.resident_bytes,
                 "files": [{"file": path} | one.to_document() for path, one in found.items()],
             }
         )
@@ -166,7 +178,7 @@ def eval_command(
         if len(found) > 1:
             click.echo(f"all: {whole}")
     speed = f"{tokens} tokens in {format_seconds(seconds)} ({tokens / seconds:.3g} tokens/s)"
-    note(f"{speed}; mapped {files_mapped} files, {format_bytes(bytes_mapped)}", quiet=quiet)
+    note(f"{speed}; {usage}", quiet=quiet)
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from manifests.console import printable
+from manifests.console import Size, printable
 from manifests.errors import SourceNotFoundError, ToolkitError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,13 +42,35 @@ def threads_option(function: F) -> F:
 
 
 def compute_options(function: F) -> F:
-    """``--ctx`` and ``--threads``."""
+    """``--ctx``, ``--ram``, ``--io`` and ``--threads``."""
     return click.option(
         "--ctx",
         type=click.IntRange(min=1),
         metavar="N",
-        help="The most tokens that text and answer may have together. Default: the model's own limit.",
-    )(threads_option(function))
+        help="The most tokens that text and answer may have together. Default: what memory and model allow.",
+    )(memory_options(threads_option(function)))
+
+
+def memory_options(function: F) -> F:
+    """``--ram`` and ``--io``."""
+    for option in (
+        click.option(
+            "--io",
+            type=click.Choice(["mmap", "direct"]),
+            default="mmap",
+            show_default=True,
+            help="How experts come into memory: mapped, so that the system keeps them for the next run too, or read "
+            "past its cache. `runner doctor` says which is faster here.",
+        ),
+        click.option(
+            "--ram",
+            type=Size(),
+            metavar="SIZE",
+            help="The most memory to take, such as 16G. Default: what the machine has to give.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def sampling_options(function: F) -> F:

@@ -43,6 +43,14 @@ class Contents:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of every file by its path in the checkpoint."""
+        return {file.path: file.size for file in self._checkpoint.manifest.files}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
     def locate(self, name: str) -> Location:
         """Where a tensor is.
 
@@ -71,7 +79,8 @@ class Contents:
     def expert_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the largest routed expert of these layers."""
         # Experts of one layer have one shape.
-        return max((sum(self._sizes.get(name, 0) for name in self._expert_names((layer, 0))) for layer in layers), default=0)
+        sizes = (sum(self._sizes.get(name, 0) for name in self._expert_names((layer, 0))) for layer in layers)
+        return max(sizes, default=0)
 
     def slot_bytes(self, layers: Iterable[int], alignment: int) -> int:
         """Addresses that hold any routed expert of these layers, in a layout of this alignment."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ResourceError, ToolkitError
+from runner.budget import PASS_TOKENS
 from runner.cache import LatentCache
 from runner.model import Model
 from runner.sampling import SamplingParams, sample
 
-PREFILL_TOKENS = 512
-"""Tokens per pass through the layers: enough to share each expert's weights, few enough to bound memory."""
+_HEAD_ROWS = 128
+"""Positions whose logits are made at once, beside those that are given back."""
 
 
 class Engine:
@@ -23,16 +24,18 @@ class Engine:
     Args:
         model: What to run.
         ctx: The most positions a text may have.
+        pass_tokens: The most tokens that go through the layers together.
 
     Raises:
         ResourceError: ``ctx`` is not within the positions that the model was made for.
     """
 
-    def __init__(self, model: Model, *, ctx: int) -> None:
+    def __init__(self, model: Model, *, ctx: int, pass_tokens: int = PASS_TOKENS) -> None:
         limit = model.config.max_position_embeddings
         if not 1 <= ctx <= limit:
             raise ResourceError(f"a context of {ctx} positions was asked for; this model takes 1 to {limit}")
         self._model = model
+        self._pass_tokens = pass_tokens
         self._cache = LatentCache(model.config, ctx)
         self._held: list[int] = []  # the ids whose positions the cache holds
 
@@ -89,9 +92,11 @@ class Engine:
         timeline = self._checked(ids)
         logits_TV = torch.empty(len(timeline), self._model.config.vocab_size)
         self._rewind(0)
-        for begin in range(0, len(timeline), PREFILL_TOKENS):
-            hidden = self._extend(timeline[begin : begin + PREFILL_TOKENS])
-            logits_TV[begin : begin + len(hidden)] = self._model.logits(hidden)
+        for begin in range(0, len(timeline), self._pass_tokens):
+            hidden = self._extend(timeline[begin : begin + self._pass_tokens])
+            for row in range(0, len(hidden), _HEAD_ROWS):
+                some = hidden[row : row + _HEAD_ROWS]
+                logits_TV[begin + row : begin + row + len(some)] = self._model.logits(some)
         return logits_TV
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
@@ -113,8 +118,8 @@ class Engine:
         # The last token is always run: its hidden state is not kept.
         self._rewind(min(_common_prefix(self._held, timeline), len(timeline) - 1))
         hidden = torch.empty(0)
-        for begin in range(len(self._held), len(timeline), PREFILL_TOKENS):
-            hidden = self._extend(timeline[begin : begin + PREFILL_TOKENS])
+        for begin in range(len(self._held), len(timeline), self._pass_tokens):
+            hidden = self._extend(timeline[begin : begin + self._pass_tokens])
         return hidden[-1:]
 
     def _extend(self, ids: list[int]) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ToolkitError
+from runner.budget import BLOCK_TOKENS
 from runner.cache import LatentCache
-from runner.engine import PREFILL_TOKENS
 from runner.model import Model
 
 _ROWS_AT_ONCE = 64
@@ -97,8 +97,8 @@ def evaluate(
     for begin in range(0, len(ids) - 1, ctx - 1):
         window = ids[begin : begin + ctx]
         cache = LatentCache(model.config, ctx)
-        for start in range(0, len(window) - 1, PREFILL_TOKENS):
-            targets = torch.tensor(window[start + 1 : start + 1 + PREFILL_TOKENS])
+        for start in range(0, len(window) - 1, BLOCK_TOKENS):
+            targets = torch.tensor(window[start + 1 : start + 1 + BLOCK_TOKENS])
             hidden = model.hidden(torch.tensor(window[start : start + len(targets)]), cache)
             nll += _nll(model.logits(hidden), targets)
             if on_tokens is not None:

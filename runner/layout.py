@@ -92,7 +92,12 @@ def lay_out(locations: Iterable[Location], *, alignment: int = PAGE_BYTES) -> La
             offset = location.offset // alignment * alignment
             position = _up(end, alignment)
             run = Run(
-                path=location.path, file=location.file, offset=offset, begin=location.offset, end=stop, position=position
+                path=location.path,
+                file=location.file,
+                offset=offset,
+                begin=location.offset,
+                end=stop,
+                position=position,
             )
             runs.append(run)
         position = run.position + location.offset - run.offset

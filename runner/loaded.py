@@ -15,10 +15,12 @@ from torch import Tensor
 
 import manifests
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from runner import demo
-from runner.contents import pass_order
+from runner import demo, machine
+from runner.budget import Sizes, plan_budget
 from runner.config import ModelConfig
+from runner.contents import Contents, Key, pass_order
 from runner.engine import Engine
+from runner.layout import PAGE_BYTES
 from runner.model import Model
 from runner.sampling import SamplingParams
 from runner.telemetry import RunStats, Telemetry
@@ -27,6 +29,9 @@ from runner.weights import WeightStore
 
 MAX_TOKENS = 128
 """New tokens when nobody says how many."""
+
+
+DEFAULT_IO = "mmap"
 
 
 class Generation:
@@ -51,6 +56,7 @@ class Generation:
         self.finish_reason = "interrupted"
         self._loaded = loaded
         self._telemetry = Telemetry(len(ids))
+        self._before = loaded.weights.usage
         self._decoder = loaded.text.stream()
         self._scanner = StopScanner(stops)
         # The last token of a full context is written but not read, so it needs no position of its own.
@@ -84,8 +90,7 @@ class Generation:
     @property
     def stats(self) -> RunStats:
         """What the run has cost so far."""
-        weights = self._loaded.weights
-        return self._telemetry.stats(mapped_files=weights.usage.files, mapped_bytes=weights.usage.read_bytes)
+        return self._telemetry.stats(self._loaded.weights.usage.since(self._before))
 
 
 class LoadedModel:
@@ -93,22 +98,31 @@ class LoadedModel:
 
     Args:
         path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
-        ctx: The most positions that a text may have; the model's own limit when not given.
+        ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
+        ram: Bytes that the process may take in all; what the machine has to give when not given.
+        io: How experts come into memory, a key of `weights.WAYS`.
 
     Attributes:
         root: The checkpoint's folder.
-        ctx: As given, or the model's own limit.
+        ctx: As given, or what the memory and the model allow.
+        budget: What the memory is for.
 
     Raises:
         SourceNotFoundError: There is no checkpoint, or it has no config.json.
         ManifestError: The checkpoint is damaged.
         UnsupportedModelError: Its config asks for something that is not implemented.
-        ResourceError: The context is larger than the model's.
+        ResourceError: The context is larger than the model's, or the memory is too small for the model.
     """
 
     def __init__(
-        self, path: str | Path | None = None, *, ctx: int | None = None, dtype: torch.dtype = torch.float32, io: str = 'mmap', slots: int|None=None
+        self,
+        path: str | Path | None = None,
+        *,
+        ctx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        ram: int | None = None,
+        io: str = DEFAULT_IO,
     ) -> None:
         checkpoint = open_checkpoint(path)
         if missing := checkpoint.missing_scales():
@@ -119,16 +133,21 @@ class LoadedModel:
             )
         config = ModelConfig.from_dict(checkpoint.config)
         self.root = checkpoint.root
-        self.ctx = config.max_position_embeddings if ctx is None else ctx
-        layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+        contents = Contents(checkpoint)
+        sizes = measure(contents, config)
+        self.budget = plan_budget(
+            config, sizes, ram=ram, ctx=ctx, here=machine.examine(), process=machine.resident_bytes()
+        )
+        self.ctx = self.budget.ctx
         self.weights = WeightStore(
-            checkpoint,
+            contents,
             order=pass_order(config.num_hidden_layers),
-            experts=[(layer, expert) for layer in layers for expert in range(config.n_routed_experts)],
-            io=io, slots=slots,
+            experts=routed_experts(config),
+            slots=self.budget.slots,
+            io=io,
         )
         self.model = Model(config, self.weights, dtype=dtype)
-        self.engine = Engine(self.model, ctx=self.ctx)
+        self.engine = Engine(self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens)
 
     @cached_property
     def text(self) -> Text:
@@ -208,6 +227,24 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     if faults := checkpoint.unreadable():
         raise UnsupportedModelError(f"{checkpoint.root}: {faults[0]}")
     return checkpoint
+
+
+def routed_experts(config: ModelConfig) -> list[Key]:
+    """Every routed expert of the main model."""
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+    return [(layer, expert) for layer in layers for expert in range(config.n_routed_experts)]
+
+
+def measure(contents: Contents, config: ModelConfig) -> Sizes:
+    """Sizes of a checkpoint as they count against memory."""
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+    # A mapping takes addresses up to the next huge page, but memory for what is read alone.
+    expert = contents.slot_bytes(layers, PAGE_BYTES)
+    return Sizes(
+        dense=contents.dense_bytes(pass_order(config.num_hidden_layers)),
+        expert=expert,
+        experts=len(routed_experts(config)),
+    )
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

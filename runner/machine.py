@@ -6,6 +6,7 @@ Read from /proc and from the control groups, so a container's limits count and n
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import platform
 import sys
@@ -73,6 +74,12 @@ def examine(root: Path = Path("/")) -> Machine:
         memory_bytes=memory,
         available_bytes=available,
     )
+
+
+def resident_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process takes now, shared libraries included; 0 when the system does not tell."""
+    words = _read(root / "proc/self/statm").split()
+    return int(words[1]) * mmap.PAGESIZE if len(words) > 1 and words[1].isdigit() else 0
 
 
 def _cores(groups: list[Path]) -> int:

@@ -6,7 +6,7 @@ expert that nobody chose. This file must not know attention, files or text.
 Shapes: T tokens, t tokens of one expert, D hidden, F width of an MLP, K experts per token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from runner import kernels
+from runner.budget import BLOCK_TOKENS
 from runner.config import ModelConfig
 from runner.fp8 import Mlp, linear, round_activation
 from runner.kernels import Part
@@ -22,6 +23,12 @@ from runner.router import Router, Routing
 
 Observer = Callable[[int, Tensor], None]
 """Called as observer(layer, expert_ids) once per MoE layer and pass, before the experts run."""
+
+
+Chosen = dict[int, tuple[Tensor, Tensor]]
+"""By expert: its tokens, [t] int64 ascending, and their weights, [t] float32."""
+
+Groups = Iterator[Iterator[list[tuple[int, Mlp]]]]
 
 
 def swiglu(
@@ -42,7 +49,7 @@ def swiglu(
     return _mlps([(parameters.mlp(prefix, width, x_TD.shape[1]), None)], round_activation(x_TD, dtype), dtype)[0]
 
 
-def _mlps(experts: list[tuple[Mlp, Tensor | None]], x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _mlps(experts: Sequence[tuple[Mlp, Tensor | None]], x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Give what each MLP makes of its rows of x, which is rounded already."""
     if (compiled := kernels.active()) is not None:
         return compiled.experts(experts, x_TD, dtype=dtype)
@@ -67,40 +74,71 @@ class MoE:
         self._router = Router(config, parameters, layer)
 
     def __call__(self, x_TD: Tensor, observer: Observer | None = None) -> Tensor:
-        """Give the weighted sum of the chosen experts, by ascending id, plus the shared; [T, D] float32.
-
-        Each expert is computed when its weights are there, in whatever order; the sum keeps its own.
-        """
+        """Give the weighted sum of the chosen experts, by ascending id, plus the shared; [T, D] float32."""
         routing = self._router(x_TD)
         if observer is not None:
             observer(self._layer, routing.expert_ids)
         chosen = {expert: (token, weight) for expert, token, weight in _by_expert(routing)}
-        x, hidden = round_activation(x_TD, self._dtype), x_TD.shape[1]
+        x_TD = round_activation(x_TD, self._dtype)
         out_TD = torch.zeros_like(x_TD)
-        groups = self._parameters.experts(self._layer, list(chosen), self._width, hidden)
-        shared: Tensor | None = None
-        with closing(groups):
-            for group in groups:
-                found: dict[int, Tensor] = {}
-                for some in group:
-                    work = [(mlp, chosen[expert][0]) for expert, mlp in some]
-                    if shared is None and self._shared_width:
-                        # While the first of the others are on their way.
-                        prefix = f"{self._prefix}.shared_experts"
-                        shared, *rest = _mlps([(self._parameters.mlp(prefix, self._shared_width, hidden), None), *work], x, self._dtype)
-                    else:
-                        rest = _mlps(work, x, self._dtype)
-                    found.update(zip((expert for expert, _ in some), rest, strict=True))
-                _add([Part(y=found[expert], token=chosen[expert][0], weight=chosen[expert][1]) for expert in sorted(found)], out_TD)
-        if shared is not None:
-            _add([Part(y=shared)], out_TD)
+        with closing(self._parameters.experts(self._layer, list(chosen), self._width, x_TD.shape[1])) as groups:
+            if len(x_TD) <= BLOCK_TOKENS:
+                self._add_few(x_TD, chosen, groups, out_TD)
+            else:
+                self._add_many(x_TD, chosen, groups, out_TD)
         return out_TD
+
+    def _add_few(self, x_TD: Tensor, chosen: Chosen, groups: Groups, out_TD: Tensor) -> None:
+        """Each expert is computed when it is there, in whatever order; the sum keeps its own."""
+        shared = self._shared(x_TD.shape[1])
+        shared_TD: list[Tensor] = []
+        for group in groups:
+            found: dict[int, Tensor] = {}
+            for some in group:
+                # The shared experts first, while the others are on their way.
+                now = [*((mlp, None) for mlp in shared), *((mlp, chosen[expert][0]) for expert, mlp in some)]
+                outputs = _mlps(now, x_TD, self._dtype)
+                shared_TD += outputs[: len(shared)]
+                found.update(zip((expert for expert, _ in some), outputs[len(shared) :], strict=True))
+                shared = []
+            in_order = [(found[expert], *chosen[expert]) for expert in sorted(found)]
+            _add([Part(y=y, token=token, weight=weight) for y, token, weight in in_order], out_TD)
+        _add([Part(y=y) for y in shared_TD], out_TD)
+
+    def _add_many(self, x_TD: Tensor, chosen: Chosen, groups: Groups, out_TD: Tensor) -> None:
+        """A block of tokens at a time: all outputs of a group at once might be many times the input."""
+        for group in groups:
+            mlps = sorted((held for some in group for held in some), key=lambda held: held[0])
+            for begin in range(0, len(x_TD), BLOCK_TOKENS):
+                block = slice(begin, begin + BLOCK_TOKENS)
+                parts = [_of_block(*chosen[expert], begin) for expert, _ in mlps]
+                work = [(mlp, token) for (_, mlp), (token, _) in zip(mlps, parts, strict=True)]
+                outputs = _mlps(work, x_TD[block], self._dtype)
+                _add(
+                    [Part(y=y, token=token, weight=weight) for y, (token, weight) in zip(outputs, parts, strict=True)],
+                    out_TD[block],
+                )
+        shared = [(mlp, None) for mlp in self._shared(x_TD.shape[1])]
+        for x_tD, out_tD in zip(x_TD.split(BLOCK_TOKENS), out_TD.split(BLOCK_TOKENS), strict=True):
+            _add([Part(y=y) for y in _mlps(shared, x_tD, self._dtype)], out_tD)
+
+    def _shared(self, hidden: int) -> list[Mlp]:
+        if not self._shared_width:
+            return []
+        return [self._parameters.mlp(f"{self._prefix}.shared_experts", self._shared_width, hidden)]
+
+
+def _of_block(token: Tensor, weight: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """The tokens of one block, counted from its first, and their weights; tokens ascend."""
+    some = slice(*torch.searchsorted(token, torch.tensor([begin, begin + BLOCK_TOKENS])).tolist())
+    return token[some] - begin, weight[some]
 
 
 def _add(parts: list[Part], out_TD: Tensor) -> None:
     """Add parts to a sum, in their order."""
     if (compiled := kernels.active()) is not None:
-        compiled.add(parts, out_TD)
+        if parts:
+            compiled.add(parts, out_TD)
         return
     for part in parts:
         y = part.y if part.weight is None else part.y * part.weight.unsqueeze(1)

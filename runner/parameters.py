@@ -6,7 +6,7 @@ must not know files or mappings.
 Shapes: T tokens, D row width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -22,14 +22,18 @@ class Expert(Protocol):
     """A routed expert that is in memory.
 
     Attributes:
-        key: Layer and number.
-        tensors: Its stored tensors by their whole names.
         prepared: Kept as long as the tensors are; None at first.
     """
 
-    key: tuple[int, int]
-    tensors: Mapping[str, Tensor]
     prepared: Any
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Layer and number."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its stored tensors by their whole names."""
 
 
 class Weights(Protocol):
@@ -108,7 +112,7 @@ class Parameters:
 
     def experts(
         self, layer: int, experts: Sequence[int], width: int, hidden: int
-    ) -> Iterator[Iterator[list[tuple[int, Mlp]]]]:
+    ) -> Generator[Iterator[list[tuple[int, Mlp]]]]:
         """Give routed experts of a layer with their numbers, in groups that follow their order.
 
         Each group gives its members as they arrive, at first those that were there, which may be none.

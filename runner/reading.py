@@ -142,7 +142,7 @@ class Direct:
             except OSError as error:
                 raise _read_error(run, at, error) from error
             if at + count < run.end and (count == 0 or (is_direct and count % PAGE_BYTES)):
-                raise IntegrityError(f"{run.path}: ends at byte {at + count}, expected {run.end}; it was cut while in use")
+                raise IntegrityError(f"{run.path}: ends at byte {at + count}, not {run.end}; it was cut while in use")
             at += count
 
 

@@ -1,4 +1,4 @@
-"""What one run cost: tokens, seconds, experts, files mapped.
+"""What one run cost: tokens, seconds, experts, bytes read.
 
 Numbers only: this file must not know text, tensors or the terminal.
 Time is taken around the model's own work, so a slow reader of the text does not make the model look slow.
@@ -24,6 +24,45 @@ class ExpertIds(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What was read from the disk, and what is in memory.
+
+    Attributes:
+        files: Files that were opened.
+        read_bytes: Bytes that were asked of them; the system may have had some in memory.
+        expert_hits: Experts that were in memory when they were asked for.
+        expert_misses: Experts that were not.
+        wait_s: Seconds that the model waited for weights.
+        resident_bytes: Bytes of weights that are in memory now.
+    """
+
+    files: int = 0
+    read_bytes: int = 0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    wait_s: float = 0.0
+    resident_bytes: int = 0
+
+    def since(self, before: Usage) -> Usage:
+        """What came after ``before``; what is in memory is now's."""
+        return Usage(
+            files=self.files - before.files,
+            read_bytes=self.read_bytes - before.read_bytes,
+            expert_hits=self.expert_hits - before.expert_hits,
+            expert_misses=self.expert_misses - before.expert_misses,
+            wait_s=self.wait_s - before.wait_s,
+            resident_bytes=self.resident_bytes,
+        )
+
+    def __str__(self) -> str:
+        """For people."""
+        asked = self.expert_hits + self.expert_misses
+        hits = f", {self.expert_hits / asked:.0%} of experts were in memory" if asked else ""
+        wait = f", waited {format_seconds(self.wait_s)}" if self.wait_s >= 0.05 else ""
+        return f"read {format_bytes(self.read_bytes)}{hits}{wait}; {format_bytes(self.resident_bytes)} in memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStats:
     """A finished run.
 
@@ -35,8 +74,7 @@ class RunStats:
         decode_s: Seconds for all later steps.
         decode_steps: Later steps; the last one may have found the end of the text instead of a token.
         experts_used: By layer, how many different routed experts were used.
-        mapped_files: Files that are mapped, since the model was opened.
-        mapped_bytes: Their bytes.
+        usage: What was read for it, and what is in memory since the model was opened.
     """
 
     prompt_tokens: int
@@ -46,8 +84,7 @@ class RunStats:
     decode_s: float
     decode_steps: int
     experts_used: dict[int, int]
-    mapped_files: int
-    mapped_bytes: int
+    usage: Usage
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -70,8 +107,11 @@ class RunStats:
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "experts_used": {str(layer): count for layer, count in sorted(self.experts_used.items())},
-            "mapped_files": self.mapped_files,
-            "mapped_bytes": self.mapped_bytes,
+            "expert_hits": self.usage.expert_hits,
+            "expert_misses": self.usage.expert_misses,
+            "read_bytes": self.usage.read_bytes,
+            "wait_s": self.usage.wait_s,
+            "resident_bytes": self.usage.resident_bytes,
         }
 
     def __str__(self) -> str:
@@ -84,7 +124,7 @@ class RunStats:
         experts = sum(self.experts_used.values())
         if experts:
             parts.append(f"{experts} experts used in {len(self.experts_used)} layers")
-        parts.append(f"mapped {self.mapped_files} files, {format_bytes(self.mapped_bytes)}")
+        parts.append(str(self.usage))
         return "; ".join(parts)
 
 
@@ -123,7 +163,7 @@ class Telemetry:
         """Count one new token."""
         self._generated += 1
 
-    def stats(self, *, mapped_files: int, mapped_bytes: int) -> RunStats:
+    def stats(self, usage: Usage) -> RunStats:
         """The run so far."""
         return RunStats(
             prompt_tokens=self._prompt_tokens,
@@ -134,8 +174,7 @@ class Telemetry:
             decode_s=sum(self._steps[1:]),
             decode_steps=len(self._steps[1:]),
             experts_used={layer: len(experts) for layer, experts in self._experts.items()},
-            mapped_files=mapped_files,
-            mapped_bytes=mapped_bytes,
+            usage=usage,
         )
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ManifestError, ToolkitError
-from manifests.inventory import Checkpoint
 from runner.background import Background
 from runner.contents import Contents, Key, group_of
 from runner.dense import DenseWeights
@@ -24,39 +22,17 @@ from runner.memory import dtype_of
 from runner.policy import Policy
 from runner.reading import Direct, Files, Mapped
 from runner.residency import ExpertWindow, HeldExpert
+from runner.telemetry import Usage
 
 WAYS: dict[str, type[Direct] | type[Mapped]] = {"mmap": Mapped, "direct": Direct}
 """How experts come in, by what ``--io`` calls it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What a store has read and held so far.
-
-    Attributes:
-        files: Files that were opened.
-        read_bytes: Bytes that were asked of them, dense and expert; the page cache may have had some.
-        expert_hits: Experts that were in memory when they were asked for.
-        expert_misses: Experts that were not.
-        wait_s: Seconds that the model waited for weights.
-        expert_bytes: Bytes of the experts that are in memory now.
-        dense_bytes: Bytes of everything else that is.
-    """
-
-    files: int
-    read_bytes: int
-    expert_hits: int
-    expert_misses: int
-    wait_s: float
-    expert_bytes: int
-    dense_bytes: int
 
 
 class WeightStore:
     """The tensors of a checkpoint.
 
     Args:
-        checkpoint: Where they are.
+        contents: What the checkpoint has.
         order: Groups in the order in which a pass uses them, see `contents.pass_order`; each is read while those
             before it are used.
         experts: Routed experts that may be asked for.
@@ -66,16 +42,15 @@ class WeightStore:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        contents: Contents,
         *,
         order: Sequence[str] = (),
         experts: Sequence[Key] = (),
         slots: int | None = None,
         io: str = "direct",
     ) -> None:
-        self._checkpoint = checkpoint
-        self._contents = contents = Contents(checkpoint)
-        self._files = Files({file.path: file.size for file in checkpoint.manifest.files})
+        self._contents = contents
+        self._files = Files(contents.file_sizes)
         background = Background()
         self._dense = DenseWeights(contents.group, order, Direct(self._files), background)
         way = WAYS[io](self._files)
@@ -90,7 +65,7 @@ class WeightStore:
         self._rows_read = 0
 
     def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint
+        return name in self._contents
 
     @property
     def usage(self) -> Usage:
@@ -102,8 +77,7 @@ class WeightStore:
             expert_hits=counters.hits,
             expert_misses=counters.misses,
             wait_s=self._dense.wait_s + counters.wait_s,
-            expert_bytes=self._window.held_bytes,
-            dense_bytes=self._dense.read_bytes,
+            resident_bytes=self._window.held_bytes + self._dense.read_bytes,
         )
 
     def tensor(self, name: str) -> Tensor:

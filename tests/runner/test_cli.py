@@ -20,7 +20,7 @@ from runner import demo
 from runner.cli import runner
 from runner.loaded import LoadedModel
 
-STATS = re.compile(r"\d+ prompt tokens in .*; \d+ generated in .*; mapped \d+ files, .*B\n")
+STATS = re.compile(r"\d+ prompt tokens in .*; \d+ generated in .*; read .*B.*; .*B in memory\n")
 
 Call = Callable[..., Result]
 Document = Callable[..., dict[str, Any]]
@@ -38,10 +38,10 @@ def tiny(tiny_checkpoint: Path) -> Path:
 
 OPTIONS = {
     "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop --ctx "
-    "--threads --json --quiet",
-    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --threads --quiet",
-    "logits": "--model --prompt --ids --out --dtype --threads --json --quiet",
-    "eval": "--model --file --ctx --threads --json --quiet",
+    "--ram --io --threads --json --quiet",
+    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io --threads --quiet",
+    "logits": "--model --prompt --ids --out --dtype --ram --io --threads --json --quiet",
+    "eval": "--model --file --ctx --ram --io --threads --json --quiet",
     "doctor": "--model --json",
 }
 
@@ -128,8 +128,11 @@ def test_generate_document(tiny: Path, document: Document) -> None:
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
         "experts_used",
-        "mapped_files",
-        "mapped_bytes",
+        "expert_hits",
+        "expert_misses",
+        "read_bytes",
+        "wait_s",
+        "resident_bytes",
     ]
     assert found["sampling"] == {"temperature": 0.8, "top_k": 9, "top_p": 1.0, "min_p": 0.0, "seed": 5}
     assert (len(found["ids"]), found["finish_reason"]) == (6, "length")

@@ -48,8 +48,10 @@ def prompt(count: int, seed: int = 1) -> list[int]:
     return torch.randint(2, 288, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def fresh(model: Model, ids: list[int], count: int, sampling: SamplingParams = GREEDY) -> list[int]:
-    engine = Engine(model, ctx=200)
+def fresh(
+    model: Model, ids: list[int], count: int, sampling: SamplingParams = GREEDY, *, pass_tokens: int = 512
+) -> list[int]:
+    engine = Engine(model, ctx=200, pass_tokens=pass_tokens)
     return list(engine.generate(ids, max_tokens=count, sampling=sampling, eos_ids=()))
 
 
@@ -102,8 +104,7 @@ def test_prefill_runs_in_chunks_and_the_head_on_one_row(model: CountingModel, mo
     rows: list[int] = []
     head = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (rows.append(len(hidden)), head(hidden))[1])
-    monkeypatch.setattr(runner.engine, "PREFILL_TOKENS", 16)
-    assert fresh(model, prompt(50), 5) == whole
+    assert fresh(model, prompt(50), 5, pass_tokens=16) == whole
     assert model.passes == [16, 16, 16, 2, 1, 1, 1, 1]
     assert rows == [1] * 5
 
@@ -117,7 +118,7 @@ def test_logits_of_every_position(model: CountingModel, monkeypatch: pytest.Monk
     rows: list[int] = []
     head = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (rows.append(len(hidden)), head(hidden))[1])
-    monkeypatch.setattr(runner.engine, "PREFILL_TOKENS", 16)
+    engine = Engine(model, ctx=60, pass_tokens=16)
     torch.testing.assert_close(engine.logits(ids), expected, rtol=0, atol=1e-4)
     assert rows == [16, 16, 16, 2]
     after = list(engine.generate(ids, max_tokens=3, sampling=GREEDY, eos_ids=()))

@@ -68,7 +68,7 @@ def run(model: Any, ids: list[int], *, ctx: int) -> tuple[Evaluation, list[int]]
 def test_every_token_after_the_first_exactly_once(config: ModelConfig, ids: list[int], ctx: int, at_once: int) -> None:
     model = Bigrams(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.evaluate, "PREFILL_TOKENS", at_once)
+        patch.setattr(runner.evaluate, "BLOCK_TOKENS", at_once)
         patch.setattr(runner.evaluate, "_ROWS_AT_ONCE", 3)
         found, reported = run(model, ids, ctx=ctx)
     assert found.tokens == sum(reported) == len(ids) - 1

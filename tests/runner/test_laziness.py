@@ -25,11 +25,7 @@ from reshard.source import read_source
 from runner import demo, kernels
 from runner.cache import LatentCache
 from runner.loaded import LoadedModel
-from runner.weights import Usage
-
-NOTHING = Usage(
-    files=0, read_bytes=0, expert_hits=0, expert_misses=0, wait_s=0.0, expert_bytes=0, dense_bytes=0
-)
+from runner.telemetry import Usage
 
 PROMPT = "import os\n\n\ndef "
 
@@ -87,7 +83,7 @@ def test_an_expert_that_is_needed_and_gone_is_named(resharded: Path, tmp_path: P
 
 def test_opening_a_model_reads_nothing(resharded: Path) -> None:
     model = runner.load(resharded)
-    assert model.weights.usage == NOTHING
+    assert model.weights.usage == Usage()
     model.generate("x", max_tokens=1)
     # embed, head, four dense parts, and 8 experts for each of 2 prompt tokens in 3 layers at most.
     assert 6 + 3 * 8 <= model.weights.usage.files <= 6 + 3 * 16
@@ -106,11 +102,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._live = 0
         self._holders: Counter[int] = Counter()
-        self._mapped: set[int] = set()
+        self._ignored: set[int] = set()
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Do not count these tensors' storages."""
-        self._mapped.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        self._ignored.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -122,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
     def _hold(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
-        if key in self._mapped or not key:
+        if key in self._ignored or not key:
             return
         if not self._holders[key]:
             self._live += size
@@ -172,9 +168,9 @@ def test_never_more_than_one_tensor_is_expanded(resharded: Path) -> None:
     """
     model = runner.load(resharded)
     token = torch.tensor([5])
-    # Once before: what this token needs is mapped then, and mapped bytes are not memory of ours.
+    # Once before: what this token needs is in memory then, and stored weights do not count here.
     model.model.logits(model.model.hidden(token, LatentCache(model.model.config, 256)))
-    sizes = {tensor.name: math.prod(tensor.shape) * 4 for tensor in model.weights._checkpoint.tensors()}
+    sizes = {tensor.name: math.prod(tensor.shape) * 4 for tensor in manifests.open(resharded).tensors()}
     largest = max(size for name, size in sizes.items() if name.startswith("model.layers.") and ".4." not in name)
     config = model.model.config
     cache = LatentCache(config, 256)

@@ -61,7 +61,7 @@ def test_generation_is_what_the_engine_says(loaded: LoadedModel) -> None:
     assert generation.finish_reason == "length"
     stats = generation.stats
     assert (stats.prompt_tokens, stats.generated_tokens, stats.decode_steps) == (len(ids), 12, 11)
-    assert (stats.mapped_files, set(stats.experts_used)) == (2, {1, 2})
+    assert (loaded.weights.usage.files, set(stats.experts_used)) == (2, {1, 2})
 
 
 def test_it_ends_at_eos(edited: EditedCheckpoint, loaded: LoadedModel) -> None:

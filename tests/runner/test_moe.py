@@ -90,7 +90,8 @@ def test_experts_are_summed_in_order_of_their_id_however_they_arrive(
     tensors = {}
     for expert in value:
         prefix = f"model.layers.1.mlp.experts.{expert}."
-        for name, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
+        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        for name, shape in shapes.items():
             tensors[f"{prefix}{name}.weight"] = torch.zeros(shape)
             tensors[f"{prefix}{name}.weight"][:, 0] = 1
 

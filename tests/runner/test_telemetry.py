@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-from runner.telemetry import RunStats, Telemetry
+from runner.telemetry import RunStats, Telemetry, Usage
 
 
 def ticks(*times: float) -> Iterator[float]:
     return iter(times)
+
+
+USAGE = Usage(
+    files=12, read_bytes=440_509_440, expert_hits=30, expert_misses=10, wait_s=0.25, resident_bytes=528_611_328
+)
 
 
 def run() -> RunStats:
@@ -29,7 +34,7 @@ def run() -> RunStats:
     with telemetry.step():
         telemetry.observe(3, torch.tensor([[1, 2]]))
         telemetry.observe(4, torch.tensor([[11, 12]]))
-    return telemetry.stats(mapped_files=12, mapped_bytes=528_611_328)
+    return telemetry.stats(USAGE)
 
 
 def test_counts() -> None:
@@ -41,15 +46,14 @@ def test_counts() -> None:
         decode_s=1.0,
         decode_steps=2,
         experts_used={3: 5, 4: 4},
-        mapped_files=12,
-        mapped_bytes=528_611_328,
+        usage=USAGE,
     )
 
 
 def test_the_line_for_people() -> None:
     assert str(run()) == (
         "5 prompt tokens in 2.0 s (1.5 tokens/s), 2 of them kept from before; 2 generated in 1.0 s (2 tokens/s); "
-        "9 experts used in 2 layers; mapped 12 files, 529 MB"
+        "9 experts used in 2 layers; read 441 MB, 75% of experts were in memory, waited 0.2 s; 529 MB in memory"
     )
 
 
@@ -63,15 +67,25 @@ def test_the_document() -> None:
         "prefill_tokens_per_s": 1.5,
         "decode_tokens_per_s": 2.0,
         "experts_used": {"3": 5, "4": 4},
-        "mapped_files": 12,
-        "mapped_bytes": 528_611_328,
+        "expert_hits": 30,
+        "expert_misses": 10,
+        "read_bytes": 440_509_440,
+        "wait_s": 0.25,
+        "resident_bytes": 528_611_328,
     }
 
 
+def test_usage_of_one_run_is_what_came_since() -> None:
+    before = Usage(files=10, read_bytes=9, expert_hits=5, expert_misses=4, wait_s=0.25, resident_bytes=7)
+    assert USAGE.since(before) == Usage(
+        files=2, read_bytes=440_509_431, expert_hits=25, expert_misses=6, wait_s=0.0, resident_bytes=528_611_328
+    )
+
+
 def test_nothing_done_yet_has_no_rates() -> None:
-    stats = Telemetry(5).stats(mapped_files=0, mapped_bytes=0)
+    stats = Telemetry(5).stats(Usage())
     assert (stats.prefill_tokens_per_s, stats.decode_tokens_per_s) == (None, None)
-    assert str(stats) == "5 prompt tokens in 0.0 s; 0 generated in 0.0 s; mapped 0 files, 0 B"
+    assert str(stats) == "5 prompt tokens in 0.0 s; 0 generated in 0.0 s; read 0 B; 0 B in memory"
 
 
 def test_a_model_without_experts_still_has_a_rate() -> None:
@@ -79,7 +93,7 @@ def test_a_model_without_experts_still_has_a_rate() -> None:
     telemetry = Telemetry(4, clock=lambda: next(clock))
     with telemetry.step():
         pass
-    stats = telemetry.stats(mapped_files=1, mapped_bytes=1)
+    stats = telemetry.stats(Usage())
     assert (stats.prefill_tokens_per_s, stats.experts_used) == (2.0, {})
 
 
@@ -91,4 +105,4 @@ def test_an_interrupted_step_is_counted() -> None:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    assert telemetry.stats(mapped_files=0, mapped_bytes=0).prefill_s == 2.0
+    assert telemetry.stats(Usage()).prefill_s == 2.0

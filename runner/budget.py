@@ -1,0 +1,197 @@
+"""How much memory a run may take, and what for: what must be there, and how many experts fit beside it.
+
+Arithmetic on sizes: nothing is read or reserved here. This file must not know tensors or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from manifests.console import format_bytes
+from manifests.errors import ResourceError
+from runner import machine
+from runner.config import ModelConfig
+
+FLOAT_BYTES = 4
+BLOCK_TOKENS = 512
+"""Tokens whose activations are computed at once, within a layer."""
+
+PASS_TOKENS = 4096
+"""Most tokens that go through the layers together. A pass reads each expert once, so more of them read less."""
+
+_LEAST_POSITIONS = 1024
+_OWN_BYTES = 192 << 20
+"""What the process grows by beside everything counted here: libraries' buffers, threads, the manifest."""
+
+_MARGIN_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of a checkpoint, in bytes.
+
+    Attributes:
+        dense: All that is not a routed expert, as it lies in memory.
+        expert: One slot of the window.
+        experts: Routed experts there are.
+    """
+
+    dense: int
+    expert: int
+    experts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the memory is for, in bytes where nothing else is said.
+
+    Attributes:
+        ram: All of it; None when nothing bounds it.
+        process: Python and its libraries.
+        dense: Dense weights.
+        cache: The latent KV cache of ``ctx`` positions.
+        work: Activations and buffers of a pass of ``pass_tokens``.
+        expert: One expert.
+        slots: Experts that may be in memory at once.
+        ctx: Positions of the text.
+        pass_tokens: Most tokens of one pass.
+    """
+
+    ram: int | None
+    process: int
+    dense: int
+    cache: int
+    work: int
+    expert: int
+    slots: int
+    ctx: int
+    pass_tokens: int
+
+    @property
+    def fixed(self) -> int:
+        """Everything but experts."""
+        return self.process + self.dense + self.cache + self.work
+
+    def to_document(self) -> dict[str, Any]:
+        """For ``--json``; the keys are a promise."""
+        return {
+            "ram_bytes": self.ram,
+            "process_bytes": self.process,
+            "dense_bytes": self.dense,
+            "cache_bytes": self.cache,
+            "work_bytes": self.work,
+            "expert_bytes": self.expert,
+            "expert_slots": self.slots,
+            "ctx": self.ctx,
+            "pass_tokens": self.pass_tokens,
+        }
+
+
+def plan_budget(
+    config: ModelConfig, sizes: Sizes, *, ram: int | None, ctx: int | None, here: machine.Machine, process: int
+) -> Budget:
+    """Divide the memory.
+
+    Args:
+        config: The model.
+        sizes: Its checkpoint.
+        ram: Bytes that the process may take in all; what the machine has to give when None.
+        ctx: Positions wanted; as many as fit in an eighth of what is free, up to the model's limit, when None.
+        here: The machine.
+        process: Bytes that the process takes already.
+
+    Raises:
+        ResourceError: It is less than the least that this model needs.
+    """
+    process += _OWN_BYTES
+    least = min(config.num_experts_per_tok, sizes.experts)
+    limit = config.max_position_embeddings
+    position = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
+    bound = _bound(here, process) if ram is None else ram
+
+    def free_with(positions: int, tokens: int) -> int | None:
+        if bound is None:
+            return None
+        taken = process + sizes.dense + positions * position + work_bytes(config, tokens) + least * sizes.expert
+        return bound - taken
+
+    positions = min(limit, _LEAST_POSITIONS) if ctx is None else ctx
+    tokens = min(BLOCK_TOKENS, positions)
+    free = free_with(positions, tokens)
+    if free is not None and free < 0:
+        raise ResourceError(_refusal(config, sizes, bound, ram, positions, position, process, tokens, least))
+    if ctx is None:
+        positions = limit if free is None else min(limit, positions + free // 8 // position)
+    # A long pass pays when experts come from the disk; an eighth of what is free is not missed by them.
+    while tokens < min(PASS_TOKENS, positions):
+        more = min(2 * tokens, PASS_TOKENS, positions)
+        free = free_with(positions, more)
+        if free is not None and free < 7 * (work_bytes(config, more) - work_bytes(config, BLOCK_TOKENS)):
+            break
+        tokens = more
+    free = free_with(positions, tokens)
+    slots = sizes.experts if free is None else min(sizes.experts, least + free // max(1, sizes.expert))
+    return Budget(
+        ram=bound,
+        process=process,
+        dense=sizes.dense,
+        cache=positions * position,
+        work=work_bytes(config, tokens),
+        expert=sizes.expert,
+        slots=max(1, slots),
+        ctx=positions,
+        pass_tokens=tokens,
+    )
+
+
+def work_bytes(config: ModelConfig, tokens: int) -> int:
+    """Most bytes of activations and buffers in a pass of so many tokens.
+
+    Of all tokens: the residual stream, its normed form, the sum of experts and what it is added to. Of a block of
+    them: queries, and what goes in and out of attention's absorbed products, per head; or the MLP's rows.
+    """
+    block = min(tokens, BLOCK_TOKENS)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = 2 * (config.qk_nope_head_dim + config.qk_rope_head_dim) + 2 * config.kv_lora_rank + config.v_head_dim
+    dense = 2 * config.intermediate_size + 2 * hidden
+    # In the worst case all tokens of a block choose the same experts.
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    routed = config.num_experts_per_tok * (2 * config.moe_intermediate_size + 2 * hidden) + 2 * shared + 2 * hidden
+    scores = 3 << 26
+    return FLOAT_BYTES * (5 * tokens * hidden + block * (heads * head + max(dense, routed))) + scores
+
+
+def _bound(here: machine.Machine, process: int) -> int | None:
+    if here.available_bytes is None:
+        return None
+    margin = min(_MARGIN_BYTES, (here.memory_bytes or here.available_bytes) // 10)
+    return process - _OWN_BYTES + max(0, here.available_bytes - margin)
+
+
+def _refusal(
+    config: ModelConfig,
+    sizes: Sizes,
+    bound: int | None,
+    ram: int | None,
+    positions: int,
+    position: int,
+    process: int,
+    tokens: int,
+    least: int,
+) -> str:
+    parts = {
+        "dense weights": sizes.dense,
+        f"{least} experts": least * sizes.expert,
+        f"a context of {positions} tokens": positions * position,
+        "activations": work_bytes(config, tokens),
+        "the process itself": process,
+    }
+    floor = sum(parts.values())
+    what = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    given = "this machine has" if ram is None else "--ram is"
+    more = "free some memory" if ram is None else "give more"
+    return (
+        f"this model needs at least {format_bytes(floor)} of memory ({what}), but {given} "
+        f"{format_bytes(bound or 0)}; {more}, or a smaller --ctx"
+    )
