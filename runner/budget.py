@@ -188,10 +188,11 @@ def _refusal(
         "the process itself": process,
     }
     floor = sum(parts.values())
+    digit = 10 ** max(0, len(str(floor)) - 3)  # three are shown: rounded up, so that what is said is enough
     what = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     given = "this machine has" if ram is None else "--ram is"
     more = "free some memory" if ram is None else "give more"
     return (
-        f"this model needs at least {format_bytes(floor)} of memory ({what}), but {given} "
+        f"this model needs at least {format_bytes(-(-floor // digit) * digit)} of memory ({what}), but {given} "
         f"{format_bytes(bound or 0)}; {more}, or a smaller --ctx"
     )

@@ -84,8 +84,8 @@ def lay_out(locations: Iterable[Location], *, alignment: int = PAGE_BYTES) -> La
             continue
         stop = location.offset + location.size
         last = runs[-1] if runs else None
-        # Parts that would share a page are one run, so that no page is there twice.
-        if last is not None and last.file == location.file and location.offset < _up(last.end, alignment):
+        # Neighbours are one run, and so are parts that would share a page, so that no page is there twice.
+        if last is not None and last.file == location.file and location.offset <= _up(last.end, alignment):
             run = replace(last, end=max(last.end, stop))
             runs[-1] = run
         else:

@@ -103,6 +103,7 @@ class ExpertWindow:
         self._region: Region | None = None  # reserved when the first expert comes
         self._guard: Guard | None = None
         self._held: dict[Key, HeldExpert] = {}
+        self._pinned = 0
         self._unused = list(range(slots - 1, -1, -1))
 
     @property
@@ -120,7 +121,7 @@ class ExpertWindow:
         self._policy.tick()
 
     def pin(self, keys: Sequence[Key]) -> None:
-        """Bring experts in and keep them as long as the model lives.
+        """Bring experts in and keep them as long as the model lives; at least one slot must be left for others.
 
         Raises:
             ToolkitError: See `groups`.
@@ -134,6 +135,7 @@ class ExpertWindow:
             finally:
                 self._policy.unlock(some)
             self._policy.pin(some)
+            self._pinned += len(some)
 
     def groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list[HeldExpert]]]:
         """Give the experts of one layer, in groups that follow their order; the next group arrives meanwhile.
@@ -145,10 +147,11 @@ class ExpertWindow:
             ToolkitError: What `layout_of` raised, or the disk gave; see `reading.Way.load`.
             IntegrityError: A file was cut while its expert was in use.
         """
-        size = min(self.slots, GROUP_EXPERTS)
+        slots = self.slots - self._pinned
+        size = min(slots, GROUP_EXPERTS)
         if len(experts) > size:
-            size = max(1, min(GROUP_EXPERTS, self.slots // 2))
-        most = 2 if 2 * size <= self.slots else 1
+            size = max(1, min(GROUP_EXPERTS, slots // 2))
+        most = 2 if 2 * size <= slots else 1
         waiting = deque([(layer, expert) for expert in experts[at : at + size]] for at in range(0, len(experts), size))
         asked: deque[list[Key]] = deque()
         try:

@@ -1,0 +1,297 @@
+"""The window: the right bytes in the right slot, whatever is evicted; errors by name; a file cut while in use."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifests.errors import IntegrityError, SourceNotFoundError, ToolkitError
+from manifests.inventory import Location
+from runner import kernels
+from runner.background import Background
+from runner.contents import Key
+from runner.layout import Layout, lay_out
+from runner.policy import Policy
+from runner.reading import Direct, Files, Mapped
+from runner.residency import GROUP_EXPERTS, ExpertWindow
+
+EXPERT_BYTES = 3 * 4096 + 700
+LAYERS, EXPERTS = 2, 40
+WAYS = [
+    pytest.param(Direct, id="direct"),
+    pytest.param(
+        Mapped,
+        id="mmap",
+        marks=pytest.mark.skipif(not kernels.supported(), reason="mapped weights need the compiled library"),
+    ),
+]
+pytestmark = pytest.mark.parametrize("way", WAYS)
+
+
+def content(key: Key) -> bytes:
+    return random.Random(repr(key)).randbytes(EXPERT_BYTES)
+
+
+class Folder:
+    """Experts as files, each with a header's worth of bytes before and one byte behind."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sizes: dict[str, int] = {}
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                data = bytes(4096) + content((layer, expert)) + b"x"
+                self.path((layer, expert)).write_bytes(data)
+                self.sizes[self.path((layer, expert)).name] = len(data)
+
+    def path(self, key: Key) -> Path:
+        return self.root / f"{key[0]}-{key[1]}"
+
+    def layout(self, key: Key, alignment: int) -> Layout:
+        path = self.path(key)
+        at, locations = 4096, []
+        for name, size in (("weight", 3 * 4096), ("scale", 700)):
+            locations.append(
+                Location(
+                    name=name, path=path, file=path.name, offset=at, size=size, dtype="F8_E4M3", shape=(size,),
+                    codec="none", unpacked_size=0,
+                )
+            )  # fmt: skip
+            at += size
+        return lay_out(locations, alignment=alignment)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def open_window(folder: Folder, way: type[Direct] | type[Mapped], slots: int) -> ExpertWindow:
+    chosen = way(Files(folder.sizes))
+    return ExpertWindow(
+        lambda key: folder.layout(key, chosen.alignment),
+        slots=slots,
+        slot_bytes=5 * 4096,
+        way=chosen,
+        background=Background(),
+        policy=Policy(),
+    )
+
+
+def use(window: ExpertWindow, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+    """Go through experts and compare every byte; give the experts of each group in their order of arrival."""
+    for group in window.groups(layer, experts):
+        seen = []
+        for some in group:
+            for expert in some:
+                assert expert.key[0] == layer
+                found = b"".join(bytes(one.view(torch.uint8).numpy()) for one in expert.tensors.values())
+                assert found == content(expert.key), expert.key
+                seen.append(expert.key[1])
+        yield seen
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 33, LAYERS * EXPERTS])
+def test_every_expert_has_its_own_bytes_whatever_was_there_before(
+    folder: Folder, way: type[Direct] | type[Mapped], slots: int
+) -> None:
+    window = open_window(folder, way, slots)
+    chance = random.Random(slots)
+    asked = 0
+    for _ in range(60):
+        window.tick()
+        layer, experts = chance.randrange(LAYERS), sorted(chance.sample(range(EXPERTS), chance.randint(1, 36)))
+        groups = list(use(window, layer, experts))
+        # Groups follow the order; within one, experts come as they arrive.
+        assert [expert for group in groups for expert in sorted(group)] == experts
+        assert all(len(group) <= max(1, min(slots, GROUP_EXPERTS)) for group in groups)
+        assert len(window.held) <= slots
+        asked += len(experts)
+    assert window.counters.hits + window.counters.misses == asked
+    assert window.counters.misses * EXPERT_BYTES == window.counters.read_bytes
+    if slots == LAYERS * EXPERTS:
+        assert window.counters.misses == len(window.held) <= LAYERS * EXPERTS
+    assert window.held_bytes == len(window.held) * EXPERT_BYTES
+
+
+def test_what_is_there_comes_first(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 10)
+    list(use(window, 0, [3, 5]))
+    group = next(window.groups(0, [1, 3, 5, 7]))
+    first = [expert.key[1] for expert in next(group)]
+    assert {3, 5} <= set(first)
+    rest = [expert.key[1] for some in group for expert in some]
+    assert sorted(first + rest) == [1, 3, 5, 7]
+    assert (window.counters.hits, window.counters.misses) == (2, 4)
+
+
+def test_an_abandoned_group_can_be_evicted(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 4)
+    groups = window.groups(0, range(4))
+    next(groups)
+    groups.close()  # type: ignore[attr-defined]
+    for layer in (1, 0):
+        assert [sorted(one) for one in use(window, layer, range(4))] == [[0, 1, 2, 3]]
+
+
+def test_pinned_experts_stay(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 8)
+    window.pin([(0, 3), (1, 2)])
+    for _ in range(3):
+        list(use(window, 0, [expert for expert in range(EXPERTS) if expert != 3]))
+    assert {(0, 3), (1, 2)} <= set(window.held)
+    hits = window.counters.hits
+    list(use(window, 0, [3]))
+    list(use(window, 1, [2]))
+    assert window.counters.hits == hits + 2
+
+
+def test_a_missing_file_is_named_and_the_window_goes_on(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 4)
+    folder.path((0, 2)).unlink()
+    with pytest.raises(SourceNotFoundError, match=r"0-2: no such file"):
+        list(use(window, 0, [1, 2, 3]))
+    assert (0, 2) not in window.held
+    list(use(window, 1, range(EXPERTS)))
+    with pytest.raises(SourceNotFoundError):
+        list(use(window, 0, [2]))
+    data = bytes(4096) + content((0, 2)) + b"x"
+    folder.path((0, 2)).write_bytes(data)
+    list(use(window, 0, [2]))  # and it is read when it is back
+
+
+def test_a_file_that_was_cut_before_it_was_read(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 4)
+    os.truncate(folder.path((0, 2)), 5000)
+    with pytest.raises(IntegrityError, match=r"0-2: has 5000 bytes, expected"):
+        list(use(window, 0, [2]))
+
+
+def test_a_file_that_was_replaced_while_the_model_ran(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 1)
+    list(use(window, 0, [2]))
+    list(use(window, 0, [1]))
+    other = folder.root / "other"
+    other.write_bytes(folder.path((0, 2)).read_bytes())
+    other.replace(folder.path((0, 2)))
+    with pytest.raises(IntegrityError, match=r"0-2: was replaced or written to while in use"):
+        list(use(window, 0, [2]))
+
+
+def test_a_file_that_is_cut_while_its_expert_is_used(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    """Not the end of the process: mapped, the expert becomes zeros and is refused; read, it is a copy."""
+    window = open_window(folder, way, 4)
+    groups = window.groups(0, [2, 3])
+    (some,) = ([expert for some in group for expert in some] for group in [next(groups)])
+    assert bytes(some[0].tensors["weight"].view(torch.uint8).numpy()) == content((0, 2))[: 3 * 4096]
+    os.truncate(folder.path((0, 2)), 0)
+    found = bytes(some[0].tensors["weight"].view(torch.uint8).numpy())
+    if way is Direct:
+        assert found == content((0, 2))[: 3 * 4096]
+        assert next(groups, None) is None
+        return
+    assert found != content((0, 2))[: 3 * 4096]
+    with pytest.raises(IntegrityError, match=r"0-2: was cut while in use"):
+        next(groups)
+    assert (0, 2) not in window.held
+    list(use(window, 0, [3]))
+    with pytest.raises(IntegrityError, match=r"0-2: has 0 bytes"):
+        list(use(window, 0, [2]))
+
+
+def test_a_file_that_is_cut_while_it_is_read(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking at its size and reading it."""
+    window = open_window(folder, way, 4)
+    real = os.fstat
+
+    def cut(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        os.truncate(folder.path((0, 2)), 4096)
+        return found
+
+    monkeypatch.setattr(os, "fstat", cut)
+    with pytest.raises(IntegrityError, match=r"0-2: ends (at|before) byte .*; it was cut while in use"):
+        list(use(window, 0, [2]))
+
+
+def test_addresses_are_given_back(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder.root))
+
+    window = open_window(folder, way, 4)
+    list(use(window, 0, range(30)))
+    assert mappings() <= 4
+    assert len(os.listdir("/proc/self/fd")) < 100
+    del window
+    gc.collect()
+    assert mappings() == 0
+
+
+def test_a_bus_error_elsewhere_still_ends_the_process(
+    folder: Folder, way: type[Direct] | type[Mapped], tmp_path: Path
+) -> None:
+    """The guard is for our own regions: any other one is as deadly as before."""
+    code = f"""
+        import mmap, os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        import test_residency as ours
+        folder = ours.Folder(Path({str(tmp_path)!r}))
+        window = ours.open_window(folder, ours.{way.__name__}, 2)
+        list(ours.use(window, 0, [1]))
+        path = Path({str(tmp_path)!r}) / "other"
+        path.write_bytes(bytes(8192))
+        with path.open("rb") as file:
+            view = mmap.mmap(file.fileno(), 8192, prot=mmap.PROT_READ)
+        os.truncate(path, 0)
+        view[5000]
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == -7, done.stderr
+
+
+def test_a_disk_that_fails_is_named(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    window = open_window(folder, way, 4)
+    monkeypatch.setattr("os.preadv", fail)
+    monkeypatch.setattr("runner.memory.Region.populate", fail)
+    with pytest.raises(ToolkitError, match=r"0-2: cannot be read at byte 4096: Input/output error"):
+        list(use(window, 0, [2]))
+
+
+def test_a_system_that_cannot_populate_reads_instead(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.memory.Region.populate", lambda *_: False)
+    window = open_window(folder, way, 4)
+    list(use(window, 0, range(20)))
+
+
+def test_a_file_system_without_direct_reading(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr("os.open", refuse)
+    window = open_window(folder, way, 4)
+    list(use(window, 0, range(20)))
