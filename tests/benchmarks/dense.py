@@ -30,7 +30,7 @@ def write_dense(folder: Path, layout: Layout) -> None:
                 for page in range(0, length, PAGE_BYTES):
                     block[page : page + 8] = number.to_bytes(8, "little")
                     number += 1
-                _write(descriptor, block[:length], offset)
+                write_all(descriptor, block[:length], offset)
             os.ftruncate(descriptor, shard.size)
             os.fsync(descriptor)
         finally:
@@ -41,7 +41,8 @@ def write_dense(folder: Path, layout: Layout) -> None:
             os.fsync(file.fileno())
 
 
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of data; the system may take less at a time."""
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count

@@ -1,4 +1,4 @@
-"""The published layouts of DeepSeek-V3 and Kimi-K2: every shard's name, header and tensors, without payload.
+"""The layouts of DeepSeek-V3, Kimi-K2 and DeepSeek-V2-Lite: every shard's name, header and tensors, without payload.
 
 DeepSeek-V3 was written stage by stage of its training pipeline, in module order, every FP8 weight followed by its
 scales; a shard is closed as soon as it has 2^32 elements, scales counted as elements too. Kimi-K2 was written by the
@@ -104,6 +104,49 @@ KIMI_K2_CONFIG: Mapping[str, Any] = {
     "topk_group": 1,
     "vocab_size": 163840,
 }
+V2_LITE_CONFIG: Mapping[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {**V3_CONFIG["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.707},
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
 
 
 class Tensor(NamedTuple):
@@ -177,6 +220,23 @@ def deepseek_v3_part(size: int) -> Layout:
     return _published(V3_CONFIG, _close_shards([taken], limit=limit))
 
 
+def one_stage(config: Mapping[str, Any], *, limit: int = ELEMENT_LIMIT) -> Layout:
+    """A checkpoint of any such config, as DeepSeek's writer makes it from one pipeline stage; whole for V2-Lite.
+
+    Args:
+        config: As V3_CONFIG or V2_LITE_CONFIG, with other sizes; it has an MTP layer if it says so.
+        limit: Elements at which a shard is closed.
+    """
+    layers = config["num_hidden_layers"]
+    middle = list(chain.from_iterable(_layer(config, number) for number in range(layers)))
+    # V2-Lite has its head in the first shard; V3 behind the last layer.
+    ends = _embedding(config), *_head(config)
+    tensors = [*ends, *middle] if config["model_type"] == "deepseek_v2" else [ends[0], *middle, *ends[1:]]
+    if config.get("num_nextn_predict_layers"):
+        tensors += _mtp(config)
+    return _published(config, _close_shards([tensors], limit=limit))
+
+
 def kimi_k2(count: int = 61) -> Layout:
     """All 61 shards, or the first of them."""
     config = KIMI_K2_CONFIG
@@ -236,9 +296,14 @@ def _v3_stage(layers: Iterable[int]) -> list[Tensor]:
 
 
 def _last_v3_stage() -> list[Tensor]:
-    """The last layers, final norm and head, and then the MTP layer with copies of embedding and head."""
-    hidden, vocab, mtp = V3_CONFIG["hidden_size"], V3_CONFIG["vocab_size"], V3_CONFIG["num_hidden_layers"]
-    tensors = _v3_stage(range(STAGES[-1].stop, mtp)) + _head(V3_CONFIG) + list(_layer(V3_CONFIG, mtp))
+    """The last layers, final norm and head, and then the MTP layer."""
+    return _v3_stage(range(STAGES[-1].stop, V3_CONFIG["num_hidden_layers"])) + _head(V3_CONFIG) + _mtp(V3_CONFIG)
+
+
+def _mtp(config: Mapping[str, Any]) -> list[Tensor]:
+    """The layer that predicts a token further, with copies of embedding and head."""
+    hidden, vocab, number = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
+    tensors = list(_layer(config, number))
     for name, shape in (
         ("enorm", (hidden,)),
         ("hnorm", (hidden,)),
@@ -247,7 +312,7 @@ def _last_v3_stage() -> list[Tensor]:
         ("shared_head.norm", (hidden,)),
         ("shared_head.head", (vocab, hidden)),
     ):
-        tensors.append(Tensor(f"model.layers.{mtp}.{name}.weight", "BF16", shape))
+        tensors.append(Tensor(f"model.layers.{number}.{name}.weight", "BF16", shape))
     return tensors
 
 
@@ -267,33 +332,41 @@ def _layer(config: Mapping[str, Any], number: int) -> Iterator[Tensor]:
     q_rank, kv_rank, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     no_rope, value = config["qk_nope_head_dim"], config["v_head_dim"]
     attention = f"{prefix}self_attn."
-    yield from _matrix(f"{attention}q_a_proj", q_rank, hidden)
-    yield Tensor(f"{attention}q_a_layernorm.weight", "BF16", (q_rank,))
-    yield from _matrix(f"{attention}q_b_proj", heads * (no_rope + rope), q_rank)
-    yield from _matrix(f"{attention}kv_a_proj_with_mqa", kv_rank + rope, hidden)
+    if q_rank is None:
+        yield from _matrix(config, f"{attention}q_proj", heads * (no_rope + rope), hidden)
+    else:
+        yield from _matrix(config, f"{attention}q_a_proj", q_rank, hidden)
+        yield Tensor(f"{attention}q_a_layernorm.weight", "BF16", (q_rank,))
+        yield from _matrix(config, f"{attention}q_b_proj", heads * (no_rope + rope), q_rank)
+    yield from _matrix(config, f"{attention}kv_a_proj_with_mqa", kv_rank + rope, hidden)
     yield Tensor(f"{attention}kv_a_layernorm.weight", "BF16", (kv_rank,))
-    yield from _matrix(f"{attention}kv_b_proj", heads * (no_rope + value), kv_rank)
-    yield from _matrix(f"{attention}o_proj", hidden, heads * value)
+    yield from _matrix(config, f"{attention}kv_b_proj", heads * (no_rope + value), kv_rank)
+    yield from _matrix(config, f"{attention}o_proj", hidden, heads * value)
     if number < config["first_k_dense_replace"]:
-        yield from _mlp(f"{prefix}mlp", hidden, config["intermediate_size"])
+        yield from _mlp(config, f"{prefix}mlp", config["intermediate_size"])
     else:
         experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
         yield Tensor(f"{prefix}mlp.gate.weight", "BF16", (experts, hidden))
-        yield Tensor(f"{prefix}mlp.gate.e_score_correction_bias", "F32", (experts,))
-        yield from _mlp(f"{prefix}mlp.shared_experts", hidden, width * config["n_shared_experts"])
+        if config["topk_method"] == "noaux_tc":
+            yield Tensor(f"{prefix}mlp.gate.e_score_correction_bias", "F32", (experts,))
+        yield from _mlp(config, f"{prefix}mlp.shared_experts", width * config["n_shared_experts"])
         for expert in range(experts):
-            yield from _mlp(f"{prefix}mlp.experts.{expert}", hidden, width)
+            yield from _mlp(config, f"{prefix}mlp.experts.{expert}", width)
     yield Tensor(f"{prefix}input_layernorm.weight", "BF16", (hidden,))
     yield Tensor(f"{prefix}post_attention_layernorm.weight", "BF16", (hidden,))
 
 
-def _mlp(name: str, hidden: int, width: int) -> Iterator[Tensor]:
-    yield from _matrix(f"{name}.gate_proj", width, hidden)
-    yield from _matrix(f"{name}.up_proj", width, hidden)
-    yield from _matrix(f"{name}.down_proj", hidden, width)
+def _mlp(config: Mapping[str, Any], name: str, width: int) -> Iterator[Tensor]:
+    hidden = config["hidden_size"]
+    yield from _matrix(config, f"{name}.gate_proj", width, hidden)
+    yield from _matrix(config, f"{name}.up_proj", width, hidden)
+    yield from _matrix(config, f"{name}.down_proj", hidden, width)
 
 
-def _matrix(name: str, rows: int, columns: int) -> Iterator[Tensor]:
-    """An FP8 weight and its scales, one for each block of 128 x 128."""
+def _matrix(config: Mapping[str, Any], name: str, rows: int, columns: int) -> Iterator[Tensor]:
+    """A BF16 weight; or an FP8 weight and its scales, one for each block of 128 x 128."""
+    if "quantization_config" not in config:
+        yield Tensor(f"{name}.weight", "BF16", (rows, columns))
+        return
     yield Tensor(f"{name}.weight", "F8_E4M3", (rows, columns))
     yield Tensor(f"{name}.weight_scale_inv", "F32", (-(-rows // 128), -(-columns // 128)))
