@@ -73,6 +73,23 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Routing(ctypes.Structure):
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("top", ctypes.c_int64),
+        ("normalise", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
     """One MLP of a sum.
@@ -201,10 +218,44 @@ class Kernels:
         weight_D = weight_D.contiguous()
         rows, size = x_TD.shape
         out_TD = x_TD.new_empty(rows, size)
-        self._library.rk_norm(
-            x_TD.data_ptr(), rows, x_TD.stride(0), weight_D.data_ptr(), size, eps, out_TD.data_ptr()
-        )
+        self._library.rk_norm(x_TD.data_ptr(), rows, x_TD.stride(0), weight_D.data_ptr(), size, eps, out_TD.data_ptr())
         return out_TD
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        *,
+        groups: tuple[int, int],
+        top: int,
+        normalise: bool,
+        factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts, each token for itself.
+
+        Args:
+            logits_TE: [T, E] float32.
+            bias_E: [E] float32, for sigmoid scores; None for softmax.
+            groups: How many there are, and how many of them are kept.
+            top: K, at most as many experts as the kept groups have.
+            normalise: Whether the chosen scores are divided by their sum.
+            factor: On the weights.
+
+        Returns:
+            Ids [T, K] int64, ascending in each row, and weights [T, K] float32.
+        """
+        self._prepare()
+        logits_TE = logits_TE.contiguous()
+        bias_E = None if bias_E is None else bias_E.contiguous()
+        tokens, experts = logits_TE.shape
+        ids_TK = torch.empty(tokens, top, dtype=torch.int64)
+        weights_TK, room = logits_TE.new_empty(tokens, top), logits_TE.new_empty(tokens, 4, experts)
+        described = _Routing(
+            logits_TE.data_ptr(), None if bias_E is None else bias_E.data_ptr(), tokens, experts, *groups, top,
+            normalise, factor, ids_TK.data_ptr(), weights_TK.data_ptr(), room.data_ptr(),
+        )  # fmt: skip
+        self._library.rk_route(ctypes.byref(described))
+        return ids_TK, weights_TK
 
     def _prepare(self) -> None:
         wanted = (self.variant, torch.get_num_threads())
@@ -265,6 +316,8 @@ def library() -> ctypes.CDLL | None:
         found.rk_attend_room.restype = number
         found.rk_attend.argtypes = (ctypes.POINTER(_Attention), pointer)
         found.rk_attend.restype = None
+        found.rk_route.argtypes = (ctypes.POINTER(_Routing),)
+        found.rk_route.restype = None
         found.rk_norm.argtypes = (pointer, number, number, pointer, number, ctypes.c_float, pointer)
         found.rk_norm.restype = None
         return found

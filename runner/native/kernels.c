@@ -241,3 +241,4 @@ void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y)
 #include "experts.h"
 #include "attention.h"
 #include "floor.h"
+#include "route.h"
