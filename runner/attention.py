@@ -9,12 +9,15 @@ N key part without position (qk_nope_head_dim), R rotary part (qk_rope_head_dim)
 C latent (kv_lora_rank).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from runner import kernels
 from runner.cache import LatentCache
 from runner.config import ModelConfig
-from runner.fp8 import dequantize, linear, round_activation
+from runner.fp8 import Matrix, check, dequantize, linear, round_activation
 from runner.norm import rms_norm
 from runner.parameters import Parameters
 from runner.rope import Rotation, rotate, softmax_scale
@@ -27,9 +30,12 @@ _SCORE_ELEMENTS = 1 << 24
 """Attention scores of one group of heads, 64 MiB of float32; three such tensors live at once. A single head is never
 cut, so a long prefill over a long context takes more: 128 MiB each for 512 tokens at 65,536 positions."""
 
+_EXPANDED_ELEMENTS = 1 << 22
+"""Elements of ``kv_b_proj`` that torch expands at once, 16 MiB of float32; a single head is never cut."""
+
 
 class Attention:
-    """The attention of one layer; weights are fetched at each call."""
+    """The attention of one layer; its weights are fetched by the first call, and kept in their stored dtype."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int, *, dtype: torch.dtype) -> None:
         self._config = config
@@ -38,6 +44,8 @@ class Attention:
         self._prefix = f"model.layers.{layer}.self_attn"
         self._dtype = dtype
         self._scale = softmax_scale(config)
+        self._matrices: dict[str, Matrix] = {}
+        self._vectors: dict[str, Tensor] = {}
 
     def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation) -> Tensor:
         """Attend from T new tokens to themselves and everything before.
@@ -52,15 +60,27 @@ class Attention:
         """
         config = self._config
         q_THQ = self._queries(x_TD)
-        q_nope_THN, q_pe_THR = q_THQ[..., : config.qk_nope_head_dim], q_THQ[..., config.qk_nope_head_dim :]
         c_TC, k_pe_TR = self._latents(x_TD)
         c_SC, k_pe_SR = cache.write(self._layer, c_TC, rotate(k_pe_TR, rotation))
-        heads_THV = self._attend(q_nope_THN, rotate(q_pe_THR, rotation), c_SC, k_pe_SR)
+        heads_THV = self._attend(q_THQ, rotation, c_SC, k_pe_SR)
         width = config.num_attention_heads * config.v_head_dim
         return self._linear(heads_THV.flatten(1), "o_proj", config.hidden_size, width)
 
+    def _matrix(self, name: str, rows: int, columns: int) -> Matrix:
+        matrix = self._matrices.get(name)
+        if matrix is None:
+            matrix = self._matrices[name] = self._parameters.matrix(f"{self._prefix}.{name}", rows, columns)
+        return matrix
+
     def _linear(self, x_TI: Tensor, name: str, rows: int, columns: int) -> Tensor:
-        return linear(x_TI, self._parameters.matrix(f"{self._prefix}.{name}", rows, columns), dtype=self._dtype)
+        return linear(x_TI, self._matrix(name, rows, columns), dtype=self._dtype)
+
+    def _norm(self, x_TD: Tensor, name: str) -> Tensor:
+        weight = self._vectors.get(name)
+        if weight is None:
+            weight = self._parameters.vector(f"{self._prefix}.{name}.weight", x_TD.shape[1])
+            self._vectors[name] = weight
+        return rms_norm(x_TD, weight, LOW_RANK_EPS)
 
     def _queries(self, x_TD: Tensor) -> Tensor:
         """Give [T, H, N+R] queries, before rotation."""
@@ -70,25 +90,25 @@ class Attention:
             q_TQ = self._linear(x_TD, "q_proj", width, config.hidden_size)
         else:
             low_TQ = self._linear(x_TD, "q_a_proj", rank, config.hidden_size)
-            weight = self._parameters.vector(f"{self._prefix}.q_a_layernorm.weight", rank)
-            q_TQ = self._linear(rms_norm(low_TQ, weight, LOW_RANK_EPS), "q_b_proj", width, rank)
+            q_TQ = self._linear(self._norm(low_TQ, "q_a_layernorm"), "q_b_proj", width, rank)
         return q_TQ.view(-1, config.num_attention_heads, config.qk_head_dim)
 
     def _latents(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Give the normalised latents [T, C] and the shared rotary key [T, R]: no norm, not yet rotated."""
         rank, rotary = self._config.kv_lora_rank, self._config.qk_rope_head_dim
         both = self._linear(x_TD, "kv_a_proj_with_mqa", rank + rotary, self._config.hidden_size)
-        weight = self._parameters.vector(f"{self._prefix}.kv_a_layernorm.weight", rank)
-        return rms_norm(both[:, :rank], weight, LOW_RANK_EPS), both[:, rank:]
+        return self._norm(both[:, :rank], "kv_a_layernorm"), both[:, rank:]
 
-    def _attend(self, q_nope_THN: Tensor, q_pe_THR: Tensor, c_SC: Tensor, k_pe_SR: Tensor) -> Tensor:
-        config = self._config
-        heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-        rows = heads * (nope + value)
-        kv_b = self._parameters.matrix(f"{self._prefix}.kv_b_proj", rows, config.kv_lora_rank)
-        # Expanded whole, once for both of its uses; nothing else is while it lives.
-        kv_b_HBC = dequantize(kv_b).view(heads, nope + value, config.kv_lora_rank)
-        return attend_absorbed(q_nope_THN, q_pe_THR, c_SC, k_pe_SR, kv_b_HBC, scale=self._scale, dtype=self._dtype)
+    def _attend(self, q_THQ: Tensor, rotation: Rotation, c_SC: Tensor, k_pe_SR: Tensor) -> Tensor:
+        config, nope = self._config, self._config.qk_nope_head_dim
+        rows = config.num_attention_heads * (nope + config.v_head_dim)
+        kv_b = self._matrix("kv_b_proj", rows, config.kv_lora_rank)
+        check(kv_b)
+        if (compiled := kernels.active()) is not None:
+            turn = (rotation.cos, rotation.sin)
+            return compiled.attend(q_THQ, turn, c_SC, k_pe_SR, kv_b, scale=self._scale, dtype=self._dtype)
+        q_pe_THR = rotate(q_THQ[..., nope:], rotation)
+        return attend_absorbed(q_THQ[..., :nope], q_pe_THR, c_SC, k_pe_SR, kv_b, scale=self._scale, dtype=self._dtype)
 
 
 def attend_absorbed(
@@ -96,19 +116,19 @@ def attend_absorbed(
     q_pe_THR: Tensor,
     c_SC: Tensor,
     k_pe_SR: Tensor,
-    kv_b_HBC: Tensor,
+    kv_b: Matrix,
     *,
     scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Attend causally from the last T of S positions, heads in groups.
+    """Attend causally from the last T of S positions with torch alone, heads in groups.
 
     Args:
         q_nope_THN: [T, H, N] float32, queries against the latent part.
         q_pe_THR: [T, H, R] float32, rotated.
         c_SC: [S, C] float32, normalised latents.
         k_pe_SR: [S, R] float32, rotated, shared by all heads.
-        kv_b_HBC: [H, N+V, C] float32. The rows of each head are its key part, then its value part.
+        kv_b: [H * (N+V), C], checked. The rows of each head are its key part, then its value part.
         scale: On the scores, before the softmax.
         dtype: bfloat16 rounds what enters the two products with ``kv_b``; scores and softmax stay float32.
 
@@ -119,18 +139,29 @@ def attend_absorbed(
     """
     tokens, heads, nope = q_nope_THN.shape
     cached = c_SC.shape[0]
-    w_k_HNC, w_v_HVC = kv_b_HBC[:, :nope], kv_b_HBC[:, nope:]
+    (rows, latent), q_pe_HTR = kv_b.weight.shape, q_pe_THR.transpose(0, 1)
+    head_rows = rows // heads
     q_nope_HTN = round_activation(q_nope_THN, dtype).transpose(0, 1)
-    q_pe_HTR = q_pe_THR.transpose(0, 1)
     position_T = torch.arange(cached - tokens, cached).unsqueeze(1)
     later_TS = torch.arange(cached) > position_T
-    out_THV = q_nope_THN.new_empty(tokens, heads, w_v_HVC.shape[1])
-    step = max(1, _SCORE_ELEMENTS // (tokens * cached))
+    out_THV = q_nope_THN.new_empty(tokens, heads, head_rows - nope)
+    step = max(1, min(_SCORE_ELEMENTS // (tokens * cached), _EXPANDED_ELEMENTS // (head_rows * latent)))
     for begin in range(0, heads, step):
         group = slice(begin, begin + step)
-        q_hTC = torch.bmm(q_nope_HTN[group], w_k_HNC[group])
+        kv_b_hBC = _expand_rows(kv_b, begin * head_rows, min(begin + step, heads) * head_rows)
+        kv_b_hBC = kv_b_hBC.view(-1, head_rows, latent)
+        q_hTC = torch.bmm(q_nope_HTN[group], kv_b_hBC[:, :nope])
         score_hTS = (q_hTC @ c_SC.T + q_pe_HTR[group] @ k_pe_SR.T).mul_(scale)
         probability_hTS = score_hTS.masked_fill_(later_TS, -torch.inf).softmax(dim=-1)
         mixed_hTC = round_activation(probability_hTS @ c_SC, dtype)
-        out_THV[:, group] = torch.bmm(mixed_hTC, w_v_HVC[group].mT).transpose(0, 1)
+        out_THV[:, group] = torch.bmm(mixed_hTC, kv_b_hBC[:, nope:].mT).transpose(0, 1)
+        del kv_b_hBC  # before the next one is made
     return out_THV
+
+
+def _expand_rows(matrix: Matrix, begin: int, end: int) -> Tensor:
+    """Give rows of a matrix as float32; its blocks need not begin where the rows do."""
+    block_rows = matrix.block[0]
+    first = begin // block_rows * block_rows
+    scale = None if matrix.scale is None else matrix.scale[first // block_rows : -(-end // block_rows)]
+    return dequantize(replace(matrix, weight=matrix.weight[first:end], scale=scale))[begin - first :]

@@ -62,6 +62,43 @@ class _Part(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("kv_b", _Matrix),
+        ("q", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("c", ctypes.c_void_p),
+        ("k_pe", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("cached", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("nope", ctypes.c_int64),
+        ("rotary", ctypes.c_int64),
+        ("value", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+    )
+
+
+class _Routing(ctypes.Structure):
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("top", ctypes.c_int64),
+        ("normalise", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """What one expert adds to a sum.
@@ -146,6 +183,96 @@ class Kernels:
         memory = memory.contiguous()
         return int(self._library.rk_read(memory.data_ptr(), memory.numel() * memory.element_size()))
 
+    def attend(
+        self,
+        q_THQ: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        c_SC: Tensor,
+        k_pe_SR: Tensor,
+        kv_b: "Matrix",
+        *,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Attend causally from the last T of S positions over latents, as `runner.attention` describes.
+
+        A token's numbers are the same whatever tokens come with it, and whatever the threads.
+
+        Args:
+            q_THQ: [T, H, N+R] float32, not yet rotated.
+            rotation: cos and sin of the T positions, [T, R/2] float32.
+            c_SC: [S, C] float32, normalised latents.
+            k_pe_SR: [S, R] float32, rotated.
+            kv_b: [H * (N+V), C], checked; it is read as it is stored.
+            scale: On the scores, before the softmax.
+            dtype: bfloat16 rounds what enters the two products with ``kv_b``.
+
+        Returns:
+            [T, H, V] float32.
+        """
+        self._prepare()
+        (tokens, heads, width), (cached, rotary) = q_THQ.shape, k_pe_SR.shape
+        value = kv_b.weight.shape[0] // heads - (width - rotary)
+        out_THV = q_THQ.new_empty(tokens, heads, value)
+        kept = [tensor.contiguous() for tensor in (q_THQ, *rotation, c_SC, k_pe_SR)]
+        pointers = [tensor.data_ptr() for tensor in (*kept, out_THV)]
+        described = ctypes.byref(
+            _Attention(
+                _describe(kv_b, kept), *pointers, tokens, cached, heads, width - rotary, rotary, value, scale,
+                dtype is torch.bfloat16,
+            )
+        )  # fmt: skip
+        room = torch.empty(self._library.rk_attend_room(described))
+        self._library.rk_attend(described, room.data_ptr())
+        return out_THV
+
+    def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Divide the rows of [T, D] float32 by their root mean square and multiply by the weight, [D] float32."""
+        self._prepare()
+        if x_TD.stride(1) != 1:
+            x_TD = x_TD.contiguous()
+        weight_D = weight_D.contiguous()
+        rows, size = x_TD.shape
+        out_TD = x_TD.new_empty(rows, size)
+        self._library.rk_norm(x_TD.data_ptr(), rows, x_TD.stride(0), weight_D.data_ptr(), size, eps, out_TD.data_ptr())
+        return out_TD
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        *,
+        groups: tuple[int, int],
+        top: int,
+        normalise: bool,
+        factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts, each token for itself.
+
+        Args:
+            logits_TE: [T, E] float32.
+            bias_E: [E] float32, for sigmoid scores; None for softmax.
+            groups: How many there are, and how many of them are kept.
+            top: K, at most as many experts as the kept groups have.
+            normalise: Whether the chosen scores are divided by their sum.
+            factor: On the weights.
+
+        Returns:
+            Ids [T, K] int64, ascending in each row, and weights [T, K] float32.
+        """
+        self._prepare()
+        logits_TE = logits_TE.contiguous()
+        bias_E = None if bias_E is None else bias_E.contiguous()
+        tokens, experts = logits_TE.shape
+        ids_TK = torch.empty(tokens, top, dtype=torch.int64)
+        weights_TK, room = logits_TE.new_empty(tokens, top), logits_TE.new_empty(tokens, 4, experts)
+        described = _Routing(
+            logits_TE.data_ptr(), None if bias_E is None else bias_E.data_ptr(), tokens, experts, *groups, top,
+            normalise, factor, ids_TK.data_ptr(), weights_TK.data_ptr(), room.data_ptr(),
+        )  # fmt: skip
+        self._library.rk_route(ctypes.byref(described))
+        return ids_TK, weights_TK
+
     def _prepare(self) -> None:
         wanted = (self.variant, torch.get_num_threads())
         if _started.get("with") != wanted:
@@ -203,6 +330,14 @@ def library() -> ctypes.CDLL | None:
         found.rk_guard.argtypes = (pointer, number, number, pointer)
         found.rk_unguard.argtypes = (ctypes.c_int,)
         found.rk_unguard.restype = None
+        found.rk_attend_room.argtypes = (ctypes.POINTER(_Attention),)
+        found.rk_attend_room.restype = number
+        found.rk_attend.argtypes = (ctypes.POINTER(_Attention), pointer)
+        found.rk_attend.restype = None
+        found.rk_route.argtypes = (ctypes.POINTER(_Routing),)
+        found.rk_route.restype = None
+        found.rk_norm.argtypes = (pointer, number, number, pointer, number, ctypes.c_float, pointer)
+        found.rk_norm.restype = None
         return found
     return None
 

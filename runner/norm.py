@@ -1,10 +1,12 @@
-"""Root-mean-square normalisation. Tensors only.
+"""Root-mean-square normalisation, compiled or by torch. Tensors only.
 
 Shapes: D normalised width.
 """
 
 import torch
 from torch import Tensor
+
+from runner import kernels
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -18,4 +20,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Returns:
         [..., D] float32.
     """
+    if (compiled := kernels.active()) is not None:
+        return compiled.norm(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D

@@ -1,7 +1,9 @@
 """Which experts a token goes to, and with what weight. Always float32: near ties flip with less.
 
 Experts come back in ascending order of their id, so that sums over them run in one fixed order, and ties go
-to the lowest id. This file must not know what an expert is.
+to the lowest id. Compiled where that could be built; torch's sigmoid gives a number other bits at the end of a tensor
+than in its midst, so with torch alone a weight can depend on the tokens beside it, in its last bit. This file must not
+know what an expert is.
 
 Shapes: T tokens, D hidden, E routed experts, K experts per token, G groups.
 """
@@ -11,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runner import kernels
 from runner.config import ModelConfig
-from runner.fp8 import linear
+from runner.fp8 import Matrix, linear
 from runner.parameters import Parameters
 
 
@@ -30,22 +33,44 @@ class Routing:
 
 
 class Router:
-    """The router of one layer; weights are fetched at each call."""
+    """The router of one layer; weights are fetched by the first call."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, layer: int) -> None:
         self._config = config
         self._parameters = parameters
         self._prefix = f"model.layers.{layer}.mlp.gate"
+        self._gate: Matrix | None = None
+        self._bias_E: Tensor | None = None
 
     def __call__(self, x_TD: Tensor) -> Routing:
         """Choose experts for [T, D] float32 tokens."""
         config, experts = self._config, self._config.n_routed_experts
-        gate = self._parameters.matrix(self._prefix, experts, config.hidden_size)
-        logits_TE = linear(x_TD, gate)
-        if config.topk_method == "noaux_tc":
-            bias_E = self._parameters.vector(f"{self._prefix}.e_score_correction_bias", experts)
-            return route_noaux_tc(logits_TE, bias_E, config)
-        return route_greedy(logits_TE, config)
+        if self._gate is None:
+            self._gate = self._parameters.matrix(self._prefix, experts, config.hidden_size)
+            if config.topk_method == "noaux_tc":
+                self._bias_E = self._parameters.vector(f"{self._prefix}.e_score_correction_bias", experts)
+        logits_TE = linear(x_TD, self._gate)
+        if (compiled := kernels.active()) is not None:
+            return route_compiled(compiled, logits_TE, self._bias_E, config)
+        if self._bias_E is None:
+            return route_greedy(logits_TE, config)
+        return route_noaux_tc(logits_TE, self._bias_E, config)
+
+
+def route_compiled(compiled: kernels.Kernels, logits_TE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> Routing:
+    """Choose as `route_noaux_tc` with a bias, and as `route_greedy` without."""
+    top, factor = config.num_experts_per_tok, config.routed_scaling_factor
+    is_grouped = config.topk_method != "greedy"
+    normalise = config.norm_topk_prob and (bias_E is not None or top > 1)
+    ids_TK, weights_TK = compiled.route(
+        logits_TE,
+        bias_E,
+        groups=(config.n_group, config.topk_group) if is_grouped else (1, 1),
+        top=top,
+        normalise=normalise,
+        factor=1.0 if normalise and bias_E is None else factor,
+    )
+    return Routing(expert_ids=ids_TK, weights=weights_TK)
 
 
 def route_noaux_tc(logits_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:

@@ -239,5 +239,7 @@ void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y)
 }
 
 #include "experts.h"
+#include "attention.h"
 #include "floor.h"
 #include "guard.h"
+#include "route.h"

@@ -14,6 +14,7 @@ import runner.attention
 from runner.attention import Attention, attend_absorbed
 from runner.cache import LatentCache
 from runner.config import ModelConfig
+from runner.fp8 import Matrix
 from runner.parameters import Parameters
 from runner.rope import Rope
 
@@ -38,7 +39,7 @@ def random_inputs(tokens: int, cached: int) -> dict[str, Tensor]:
 
 
 def absorbed(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    kv_b = inputs["kv_b"].view(HEADS, NOPE + VALUE, LATENT)
+    kv_b = Matrix(weight=inputs["kv_b"], scale=None)
     query, latent = (inputs["q_nope"], inputs["q_pe"]), (inputs["c"], inputs["k_pe"])
     return attend_absorbed(*query, *latent, kv_b, scale=SCALE, dtype=dtype)
 

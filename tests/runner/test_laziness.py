@@ -141,17 +141,16 @@ def weights_of(model: LoadedModel) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")
-def test_compiled_products_expand_nothing_but_what_attention_absorbs(resharded: Path) -> None:
+def test_compiled_products_expand_nothing(resharded: Path) -> None:
     model = runner.load(resharded)
     token, config = torch.tensor([5]), model.model.config
     model.model.logits(model.model.hidden(token, LatentCache(config, 256)))
-    rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     cache_bytes = config.num_hidden_layers * 256 * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
     meter = LiveBytes()
     meter.ignore(weights_of(model))
     with meter:
         hidden = model.model.hidden(token, LatentCache(config, 256))
-    assert meter.peak <= rows * config.kv_lora_rank * 4 + cache_bytes + 64 * 1024
+    assert meter.peak <= cache_bytes + 64 * 1024
     meter = LiveBytes()
     meter.ignore(weights_of(model))
     with meter:

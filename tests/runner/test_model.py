@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import runner
 import runner.fp8
 from manifests.errors import IntegrityError, ManifestError, ResourceError, ToolkitError
+from runner import kernels
 from runner.cache import LatentCache
 from runner.config import ModelConfig
 from runner.fp8 import Matrix
@@ -69,6 +71,40 @@ def test_chunks_do_not_matter(
     whole = run(model, ids)
     for chunk in (1, 7, 32, 59):
         torch.testing.assert_close(run(model, ids, chunk), whole, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(params=kernels.supported())
+def _compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = kernels.library()
+    assert library is not None
+    chosen = kernels.Kernels(library, request.param)
+    monkeypatch.setattr(kernels, "active", lambda: chosen)
+
+
+def assert_neither_chunks_nor_threads_matter(model: Model, ids: Tensor) -> None:
+    """For the hidden states and for the head."""
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for size in (len(ids), 1, 3, 7):
+            cache = LatentCache(model.config, len(ids))
+            found.append(torch.cat([model.logits(model.hidden(part, cache)) for part in ids.split(size)]))
+            assert torch.equal(found[-1], found[0]), (threads, size)
+
+
+@pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_gets_the_same_bits_whatever_comes_with_it(
+    reference: SimpleNamespace, tiny_configs: Configs, tiny_weights: Tiny, family: str
+) -> None:
+    model = Model(ModelConfig.from_dict(tiny_configs[family]), reference.tiny.DictStore(tiny_weights(family)))
+    assert_neither_chunks_nor_threads_matter(model, prompt(43))
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_a_token_of_the_demo_gets_the_same_bits_whatever_comes_with_it() -> None:
+    model = runner.load().model
+    assert_neither_chunks_nor_threads_matter(model, torch.arange(60, 103))
 
 
 def test_the_same_run_gives_the_same_bits(
