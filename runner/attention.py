@@ -47,13 +47,14 @@ class Attention:
         self._matrices: dict[str, Matrix] = {}
         self._vectors: dict[str, Tensor] = {}
 
-    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation) -> Tensor:
+    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, behind: int = 0) -> Tensor:
         """Attend from T new tokens to themselves and everything before.
 
         Args:
             x_TD: [T, D] float32, normalised.
             cache: Written at this layer; the caller advances it after the last layer.
             rotation: Of the T new positions.
+            behind: Tokens of the same pass that were here before these.
 
         Returns:
             [T, D] float32.
@@ -61,7 +62,7 @@ class Attention:
         config = self._config
         q_THQ = self._queries(x_TD)
         c_TC, k_pe_TR = self._latents(x_TD)
-        c_SC, k_pe_SR = cache.write(self._layer, c_TC, rotate(k_pe_TR, rotation))
+        c_SC, k_pe_SR = cache.write(self._layer, c_TC, rotate(k_pe_TR, rotation), behind)
         heads_THV = self._attend(q_THQ, rotation, c_SC, k_pe_SR)
         width = config.num_attention_heads * config.v_head_dim
         return self._linear(heads_THV.flatten(1), "o_proj", config.hidden_size, width)

@@ -48,22 +48,29 @@ class LatentCache:
                 "shorten it or give a larger --ctx"
             )
 
-    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
         """Put T new positions of one layer behind those it holds; ``advance`` makes them count.
 
+        Args:
+            layer: Which one.
+            c_TC: Their latents.
+            k_pe_TR: Their rotary keys.
+            behind: New positions of this layer that were written before these in the same pass.
+
         Returns:
-            c [S, C] and k_pe [S, R], float32 views with the new positions last, S = length + T.
+            c [S, C] and k_pe [S, R], float32 views with the new positions last, S = length + behind + T.
 
         Raises:
             ResourceError: They do not fit.
         """
         count = c_TC.shape[0]
-        self.check_room(count)
-        end = self.length + count
+        self.check_room(behind + count)
+        begin = self.length + behind
+        end = begin + count
         for rows, new in ((self._c, c_TC), (self._k_pe, k_pe_TR)):
             if rows[layer].shape[0] < end:
-                rows[layer] = self._grown(rows[layer], end)
-            rows[layer][self.length : end] = new
+                rows[layer] = self._grown(rows[layer], begin, end)
+            rows[layer][begin:end] = new
         return self._c[layer][:end], self._k_pe[layer][:end]
 
     def advance(self, count: int) -> None:
@@ -76,8 +83,8 @@ class LatentCache:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
 
-    def _grown(self, rows: Tensor, needed: int) -> Tensor:
+    def _grown(self, rows: Tensor, held: int, needed: int) -> Tensor:
         capacity = min(self.ctx, max(needed, 2 * rows.shape[0], _FIRST_POSITIONS))
         grown = rows.new_empty(capacity, rows.shape[1])
-        grown[: self.length] = rows[: self.length]
+        grown[:held] = rows[:held]
         return grown

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manifests.errors import ToolkitError
 from runner.attention import Attention
+from runner.budget import BLOCK_TOKENS
 from runner.cache import LatentCache
 from runner.config import ModelConfig
 from runner.fp8 import linear
@@ -69,7 +70,7 @@ class Model:
         x_TD = self._parameters.rows("model.embed_tokens.weight", ids, config.vocab_size, config.hidden_size)
         rotation = self._rope.rotation(cache.length, count)
         for layer in self._layers:
-            x_TD = layer(x_TD, cache, rotation, self.observer)
+            layer(x_TD, cache, rotation, self.observer)
         cache.advance(count)
         weight = self._parameters.vector("model.norm.weight", config.hidden_size)
         return rms_norm(x_TD, weight, config.rms_norm_eps)
@@ -92,13 +93,19 @@ class _DecoderLayer:
         dense = layer < config.first_k_dense_replace
         self._moe = None if dense else MoE(config, parameters, layer, dtype=dtype)
 
-    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, observer: Observer | None) -> Tensor:
-        x_TD = x_TD + self._attention(self._norm(x_TD, "input_layernorm"), cache, rotation)
-        normed_TD = self._norm(x_TD, "post_attention_layernorm")
+    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, observer: Observer | None) -> None:
+        """Add to the residual stream, in place: a block of tokens at a time, but all of them to each expert."""
+        blocks = [slice(begin, begin + BLOCK_TOKENS) for begin in range(0, len(x_TD), BLOCK_TOKENS)]
+        for block in blocks:
+            normed_tD = self._norm(x_TD[block], "input_layernorm")
+            x_TD[block] += self._attention(normed_tD, cache, rotation[block], block.start)
         if self._moe is not None:
-            return x_TD + self._moe(normed_TD, observer)
+            x_TD += self._moe(self._norm(x_TD, "post_attention_layernorm"), observer)
+            return
         width = self._config.intermediate_size
-        return x_TD + swiglu(normed_TD, self._parameters, f"{self._prefix}.mlp", width, dtype=self._dtype)
+        for block in blocks:
+            normed_tD = self._norm(x_TD[block], "post_attention_layernorm")
+            x_TD[block] += swiglu(normed_tD, self._parameters, f"{self._prefix}.mlp", width, dtype=self._dtype)
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
         weight = self._parameters.vector(f"{self._prefix}.{name}.weight", self._config.hidden_size)

@@ -25,6 +25,10 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    def __getitem__(self, some: slice) -> "Rotation":
+        """Of some of the positions."""
+        return Rotation(cos=self.cos[some], sin=self.sin[some])
+
 
 class Rope:
     """Rotations of a model by position."""
