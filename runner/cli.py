@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from manifests.console import Group, json_option, print_json, printable, quiet_option
+from runner.cli_bench import bench
 from runner.cli_chat import chat
 from runner.cli_measure import eval_command, logits
 from runner.cli_options import (
@@ -44,7 +45,7 @@ def runner() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (chat, logits, eval_command):
+for command in (chat, logits, eval_command, bench):
     runner.add_command(command)
 
 

@@ -5,7 +5,7 @@ layouts and addresses; it must not know what the tensors mean.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -57,6 +57,11 @@ class DenseWeights:
         """
         found = self._ready.get(group)
         return self._arrive(group) if found is None else found
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that are in memory."""
+        for group in self._ready.values():
+            yield from group.values()
 
     def _arrive(self, group: str) -> dict[str, Tensor]:
         self._ask(group, _AT_ONCE)

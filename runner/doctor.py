@@ -19,10 +19,16 @@ from manifests.check import check_files
 from manifests.console import format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from runner import demo, machine
+from runner.budget import plan_budget
 from runner.config import ModelConfig
+from runner.forecast import Forecast, Rates, forecast
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
 """What `generate` and `chat` cannot do without, besides what runs this command."""
+
+_MEMORY_BYTES = 512 << 20
+_LEAST_BYTES = 64 << 20
+"""Of memory that is read to measure its rate: more than a cache holds, for a model that is larger than that too."""
 
 T = TypeVar("T")
 
@@ -79,6 +85,7 @@ class Report:
         threads: Threads that torch computes with; None without torch.
         kernels: Instruction set of the compiled products; None where torch does them.
         model: The checkpoint.
+        forecast: What it will do here; None where that cannot be known.
         problems: In the order of the checks; empty when it can run.
         notes: What works but may surprise.
     """
@@ -88,6 +95,7 @@ class Report:
     threads: int | None
     kernels: str | None
     model: ModelFacts
+    forecast: Forecast | None
     problems: tuple[Finding, ...]
     notes: tuple[str, ...]
 
@@ -104,6 +112,7 @@ class Report:
             "machine": dataclasses.asdict(self.machine) | {"threads": self.threads, "kernels": self.kernels},
             "packages": self.packages,
             "model": dataclasses.asdict(self.model),
+            "forecast": None if self.forecast is None else self.forecast.to_document(),
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "notes": list(self.notes),
         }
@@ -130,6 +139,8 @@ class Report:
             greedy = model.sampling["temperature"] == 0
             values = ", ".join(f"{name} {value}" for name, value in model.sampling.items())
             yield f"sampling   {'always the most likely token' if greedy else values}"
+        if self.forecast is not None:
+            yield from self.forecast.lines()
         for problem in self.problems:
             yield f"PROBLEM    {problem.topic}: {problem.message}"
         for note in self.notes:
@@ -154,13 +165,15 @@ def examine(path: str | Path | None) -> Report:
         threads = torch.get_num_threads()
         active = kernels.active()
         compiled = None if active is None else active.variant
-    model = _examine_model(path, found, can_import=None not in packages.values())
+    here = machine.examine()
+    model, expected = _examine_model(path, here, found, can_import=None not in packages.values())
     return Report(
-        machine=machine.examine(),
+        machine=here,
         packages=packages,
         threads=threads,
         kernels=compiled,
         model=model,
+        forecast=expected,
         problems=tuple(found.problems),
         notes=tuple(found.notes),
     )
@@ -187,17 +200,19 @@ class _Findings:
         return None
 
 
-def _examine_model(path: str | Path | None, found: _Findings, *, can_import: bool) -> ModelFacts:
+def _examine_model(
+    path: str | Path | None, here: machine.Machine, found: _Findings, *, can_import: bool
+) -> tuple[ModelFacts, Forecast | None]:
     facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
     if not can_import:
-        return facts
+        return facts, None
     # These need the packages that were just looked for.
     from runner.loaded import choose_sampling, open_checkpoint
     from runner.text import Text, read_optional_json
 
     checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))
     if checkpoint is None:
-        return facts
+        return facts, None
     model_type = checkpoint.manifest.model.model_type
     facts = dataclasses.replace(
         facts,
@@ -231,7 +246,30 @@ def _examine_model(path: str | Path | None, found: _Findings, *, can_import: boo
         sampling = found.attempt("sampling", lambda: choose_sampling(generation, {}))
         if sampling is not None:
             facts = dataclasses.replace(facts, sampling=dataclasses.asdict(sampling))
-    return facts
+    # Ids need no tokenizer, so what is missing there says nothing about speed.
+    if config is None or any(problem.topic in ("config", "files", "tensors") for problem in found.problems):
+        return facts, None
+    return facts, found.attempt("memory", lambda: _foretell(checkpoint, config, here))
+
+
+def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig, here: machine.Machine) -> Forecast:
+    """Measure this machine on the checkpoint's own files, and foretell."""
+    from runner import floors, kernels
+    from runner.contents import Contents, pass_order
+    from runner.loaded import measure, routed_experts
+    from runner.reading import Direct, Mapped
+
+    contents = Contents(checkpoint)
+    sizes = measure(contents, config)
+    budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=machine.resident_bytes())
+    experts = routed_experts(config)
+    fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers))
+    rates = Rates(
+        memory=floors.anonymous_read_gbps(min(_MEMORY_BYTES, max(_LEAST_BYTES, fixed))),
+        direct=floors.disk_read_gbps(contents, experts, way=Direct),
+        mapped=floors.disk_read_gbps(contents, experts, way=Mapped) if kernels.supported() else None,
+    )
+    return forecast(config, sizes, fixed, budget, rates)
 
 
 def _check_files(checkpoint: manifests.Checkpoint) -> None:

@@ -107,6 +107,8 @@ class LoadedModel:
         root: The checkpoint's folder.
         ctx: As given, or what the memory and the model allow.
         budget: What the memory is for.
+        contents: What the checkpoint has.
+        io: As given.
 
     Raises:
         SourceNotFoundError: There is no checkpoint, or it has no config.json.
@@ -133,7 +135,8 @@ class LoadedModel:
             )
         config = ModelConfig.from_dict(checkpoint.config)
         self.root = checkpoint.root
-        contents = Contents(checkpoint)
+        self.io = io
+        self.contents = contents = Contents(checkpoint)
         sizes = measure(contents, config)
         self.budget = plan_budget(
             config, sizes, ram=ram, ctx=ctx, here=machine.examine(), process=machine.resident_bytes()

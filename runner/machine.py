@@ -82,6 +82,12 @@ def resident_bytes(root: Path = Path("/")) -> int:
     return int(words[1]) * mmap.PAGESIZE if len(words) > 1 and words[1].isdigit() else 0
 
 
+def peak_bytes(root: Path = Path("/")) -> int:
+    """The most memory that this process took so far, mapped files included; 0 when the system does not tell."""
+    words = _pairs(root / "proc/self/status").get("VmHWM", "").split()
+    return int(words[0]) * 1024 if words and words[0].isdigit() else 0
+
+
 def _cores(groups: list[Path]) -> int:
     # Not on every system: macOS has no affinity.
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

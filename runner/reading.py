@@ -77,6 +77,20 @@ class Files:
         finally:
             os.close(descriptor)
 
+    def forget(self, layout: Layout) -> None:
+        """Ask for the page cache to let the runs of a layout go; it keeps what is mapped."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for run in layout.runs:
+            try:
+                descriptor = os.open(run.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue  # gone; so are its pages
+            try:
+                os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
 
 def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
     flags = os.O_RDONLY | os.O_CLOEXEC
@@ -91,6 +105,8 @@ def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
 
 class Way(Protocol):
     """How layouts come into a region and leave it."""
+
+    def __init__(self, files: Files) -> None: ...
 
     alignment: int
     """Of the layouts that it takes."""
@@ -177,17 +193,7 @@ class Mapped:
     def unload(self, layout: Layout, region: Region, position: int) -> None:
         """Unmap, and ask for the page cache to let go: no other memory is freed for the next expert otherwise."""
         region.clear(position, layout.size)
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for run in layout.runs:
-            try:
-                descriptor = os.open(run.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                continue  # gone; so are its pages
-            try:
-                os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+        self._files.forget(layout)
 
 
 def _read_through(descriptor: int, run: Run) -> None:

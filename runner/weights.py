@@ -18,6 +18,7 @@ from runner.background import Background
 from runner.contents import Contents, Key, group_of
 from runner.dense import DenseWeights
 from runner.fp8 import Matrix
+from runner.layout import PAGE_BYTES
 from runner.memory import dtype_of
 from runner.policy import Policy
 from runner.reading import Direct, Files, Mapped
@@ -140,6 +141,15 @@ class WeightStore:
                     raise IntegrityError(f"{location.path}: ends at byte {at + count}; it was cut while in use")
         self._rows_read += len(found)
         return torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+
+    def dense_tensors(self) -> Iterator[Tensor]:
+        """All dense weights that are in memory."""
+        return self._dense.tensors()
+
+    def forget_cached(self, experts: Sequence[Key]) -> None:
+        """Ask the system to put these experts' files out of its cache; those that are mapped stay."""
+        for key in experts:
+            self._files.forget(self._contents.expert(key, PAGE_BYTES))
 
     def begin_pass(self) -> None:
         """A pass through the model begins: what was used long ago counts less from now on."""

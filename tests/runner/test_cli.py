@@ -39,10 +39,12 @@ def tiny(tiny_checkpoint: Path) -> Path:
 OPTIONS = {
     "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop --ctx "
     "--ram --io --threads --json --quiet",
-    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io --threads --quiet",
+    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io "
+    "--threads --quiet",
     "logits": "--model --prompt --ids --out --dtype --ram --io --threads --json --quiet",
     "eval": "--model --file --ctx --ram --io --threads --json --quiet",
     "doctor": "--model --json",
+    "bench": "--model --ids --prompt-tokens --tokens --ram --io --threads --json",
 }
 
 

@@ -37,7 +37,7 @@ def test_a_sound_checkpoint_can_run(tiny_checkpoint: Path) -> None:
 
 def test_the_document_has_the_promised_keys(tiny_checkpoint: Path) -> None:
     document = json.loads(json.dumps(examine(tiny_checkpoint).to_document()))
-    assert list(document) == ["can_run", "exit_code", "machine", "packages", "model", "problems", "notes"]
+    assert list(document) == ["can_run", "exit_code", "machine", "packages", "model", "forecast", "problems", "notes"]
     assert list(document["machine"]) == [
         "system",
         "cpu",
@@ -82,6 +82,11 @@ def test_the_lines_for_people(tiny_checkpoint: Path) -> None:
         "deepseek_v3,",
         "tokenizer",
         "sampling",
+        "budget",
+        "rates",
+        "a",
+        "at",
+        "advice",
         "can",
     ]
     assert lines[-1] == "can run    yes"

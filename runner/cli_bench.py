@@ -1,0 +1,70 @@
+"""`runner bench`: how fast a model runs here, beside what the machine can do at best.
+
+Arguments in, figures out. Torch is imported inside the command, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from manifests.console import json_option, printable
+from runner.cli_options import memory_options, model_option, set_threads, threads_option
+
+
+@click.command()
+@model_option
+@click.option("--ids", "ids_file", type=click.Path(), metavar="FILE", help="A JSON list of token ids. Default: random.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Ids of the prompt."
+)
+@click.option(
+    "-n",
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Ids that follow one by one.",
+)
+@memory_options
+@threads_option
+@json_option
+def bench(
+    model: str | None,
+    ids_file: str | None,
+    prompt_tokens: int,
+    tokens: int,
+    ram: int | None,
+    io: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure a model: the first token from a cold start, then one token at a time, with token ids that are given.
+
+    \b
+    Example:
+      runner bench
+      runner bench -m DeepSeek-V3-experts --ids forced.json --ram 32G --json
+
+    Every speed is put beside what the bytes take at this machine's own rates of memory and disk, measured in the same
+    run. The last line of stdout is one JSON document. The experts' files are put out of the system's cache first.
+    """
+    from runner.bench import read_ids, run
+    from runner.loaded import LoadedModel
+
+    ids = None if ids_file is None else read_ids(Path(ids_file))
+    set_threads(threads)
+    result = run(
+        model,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        ids=ids,
+        open_model=lambda: LoadedModel(model, ctx=prompt_tokens + tokens, ram=ram, io=io),
+    )
+    if not as_json:
+        for line in result.lines():
+            click.echo(printable(line))
+    click.echo(json.dumps(result.to_document()))
