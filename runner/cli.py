@@ -25,6 +25,7 @@ from runner.cli_options import (
     sampling_options,
     set_threads,
 )
+from runner.cli_trace import replay, trace
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,7 +45,7 @@ def runner() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (chat, logits, eval_command):
+for command in (chat, logits, eval_command, trace, replay):
     runner.add_command(command)
 
 

@@ -42,6 +42,8 @@ OPTIONS = {
     "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --threads --quiet",
     "logits": "--model --prompt --ids --out --dtype --threads --json --quiet",
     "eval": "--model --file --ctx --threads --json --quiet",
+    "trace": "--model --prompt --file --max-tokens --out --ctx --threads --json --quiet",
+    "replay": "--experts-in-memory --ram --expert-bytes --json --quiet",
     "doctor": "--model --json",
 }
 
