@@ -26,6 +26,7 @@ from runner.cli_options import (
     sampling_options,
     set_threads,
 )
+from runner.cli_trace import replay, trace
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,7 +46,7 @@ def runner() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (chat, logits, eval_command, bench):
+for command in (chat, logits, eval_command, bench, trace, replay):
     runner.add_command(command)
 
 
@@ -80,6 +81,7 @@ def generate(
     ctx: int | None,
     ram: int | None,
     io: str,
+    pin: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -102,7 +104,7 @@ def generate(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     if system is None:

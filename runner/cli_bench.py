@@ -39,6 +39,7 @@ def bench(
     tokens: int,
     ram: int | None,
     io: str,
+    pin: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -62,7 +63,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         ids=ids,
-        open_model=lambda: LoadedModel(model, ctx=prompt_tokens + tokens, ram=ram, io=io),
+        open_model=lambda: LoadedModel(model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin),
     )
     if not as_json:
         for line in result.lines():

@@ -60,6 +60,7 @@ def chat(
     ctx: int | None,
     ram: int | None,
     io: str,
+    pin: str | None,
     threads: int | None,
     quiet: bool,
     **given: Any,
@@ -77,7 +78,7 @@ def chat(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     conversation = Conversation(loaded.text, system=system, thinking=thinking)

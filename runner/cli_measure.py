@@ -54,6 +54,7 @@ def logits(
     dtype: str,
     ram: int | None,
     io: str,
+    pin: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -77,7 +78,7 @@ def logits(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, dtype=getattr(torch, dtype), ram=ram, io=io)
+    loaded = LoadedModel(model, dtype=getattr(torch, dtype), ram=ram, io=io, pin=pin)
     read = wanted if prompt is None else loaded.text.encode(prompt)
     if out is None:
         last_V = loaded.engine.last_logits(read)
@@ -123,6 +124,7 @@ def eval_command(
     ctx: int,
     ram: int | None,
     io: str,
+    pin: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -146,7 +148,7 @@ def eval_command(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}

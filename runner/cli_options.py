@@ -42,7 +42,7 @@ def threads_option(function: F) -> F:
 
 
 def compute_options(function: F) -> F:
-    """``--ctx``, ``--ram``, ``--io`` and ``--threads``."""
+    """``--ctx``, ``--ram``, ``--io``, ``--pin`` and ``--threads``."""
     return click.option(
         "--ctx",
         type=click.IntRange(min=1),
@@ -52,8 +52,14 @@ def compute_options(function: F) -> F:
 
 
 def memory_options(function: F) -> F:
-    """``--ram`` and ``--io``."""
+    """``--ram``, ``--io`` and ``--pin``."""
     for option in (
+        click.option(
+            "--pin",
+            type=click.Path(),
+            metavar="TRACE",
+            help="Keep the experts in memory that this trace used most, see `runner trace`.",
+        ),
         click.option(
             "--io",
             type=click.Choice(["mmap", "direct"]),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import manifests
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from runner import demo, machine
+from runner import demo, machine, trace
 from runner.budget import Sizes, plan_budget
 from runner.config import ModelConfig
 from runner.contents import Contents, Key, pass_order
@@ -102,6 +102,7 @@ class LoadedModel:
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
         io: How experts come into memory, a key of `weights.WAYS`.
+        pin: A routing trace; the experts that it used most are read now and stay in memory.
 
     Attributes:
         root: The checkpoint's folder.
@@ -125,6 +126,7 @@ class LoadedModel:
         dtype: torch.dtype = torch.float32,
         ram: int | None = None,
         io: str = DEFAULT_IO,
+        pin: str | Path | None = None,
     ) -> None:
         checkpoint = open_checkpoint(path)
         if missing := checkpoint.missing_scales():
@@ -149,8 +151,25 @@ class LoadedModel:
             slots=self.budget.slots,
             io=io,
         )
+        if pin is not None:
+            self.weights.pin(self._most_used(trace.load(Path(pin)), config))
         self.model = Model(config, self.weights, dtype=dtype)
         self.engine = Engine(self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens)
+
+    def _most_used(self, usage: trace.Trace, config: ModelConfig) -> list[Key]:
+        """The experts to pin: as many as leave a quarter of the window, and what a token needs, to the others."""
+        known = set(routed_experts(config))
+        counts = {
+            (layer, expert): count
+            for layer, experts in usage.usage.items()
+            for expert, count in experts.items()
+            if (layer, expert) in known
+        }
+        if not counts:
+            raise ManifestError(f"the trace is of another model: none of its experts is in {self.root}")
+        slots = self.budget.slots
+        room = max(0, slots - max(config.num_experts_per_tok, slots // 4))
+        return sorted(sorted(counts, key=lambda key: (-counts[key], key))[:room])
 
     @cached_property
     def text(self) -> Text:

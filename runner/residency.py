@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from manifests.errors import IntegrityError
+from manifests.errors import IntegrityError, ResourceError
 from runner.background import Background, Load
 from runner.contents import Key
 from runner.layout import Layout
@@ -168,22 +168,18 @@ class ExpertWindow:
 
     def _want(self, keys: Sequence[Key]) -> None:
         """Lock these experts and ask for those that are missing, in this order."""
-        locked = []
+        for key in keys:
+            self._policy.touch(key)
+        # Before anything is evicted: what is missing must not take the place of what is there.
+        self._policy.lock(keys)
         try:
-            # First those that are there: what is missing must not take their place.
             for key in keys:
                 if key in self._held:
-                    self._policy.touch(key)
-                    self._policy.lock([key])
-                    locked.append(key)
                     self.counters.hits += 1
-            for key in keys:
-                if key not in self._held:
+                else:
                     self._admit(key)
-                    self._policy.lock([key])
-                    locked.append(key)
         except BaseException:
-            self._policy.unlock(locked)
+            self._policy.unlock(keys)
             raise
 
     def _admit(self, key: Key) -> None:
@@ -198,8 +194,7 @@ class ExpertWindow:
             self._guard = self._way.guard(self._region, self._slot_bytes)
         previous = None
         if not self._unused:
-            previous = self._held.pop(self._policy.victim())
-            self._policy.forget(previous.key)
+            previous = self._evict()
         slot = self._unused.pop() if previous is None else previous.slot
         position = slot * self._slot_bytes
         work = partial(_bring_in, self._way, layout, previous, self._region, position)
@@ -213,6 +208,14 @@ class ExpertWindow:
         self._policy.admit(key)
         self.counters.misses += 1
         self.counters.read_bytes += layout.needed_bytes
+
+    def _evict(self) -> HeldExpert:
+        victim = self._policy.victim()
+        if victim is None:
+            # An interrupted pass still holds its locks; nothing else asks for more than there is room for.
+            raise ResourceError("every expert in memory is in use; give more --ram")
+        self._policy.forget(victim)
+        return self._held.pop(victim)
 
     def _arrivals(self, keys: Sequence[Key]) -> Iterator[list[HeldExpert]]:
         missing = deque(self._held[key] for key in keys)
@@ -250,7 +253,6 @@ class ExpertWindow:
     def _drop(self, expert: HeldExpert) -> None:
         if self._held.get(expert.key) is expert:
             del self._held[expert.key]
-            self._policy.unlock([expert.key])
             self._policy.forget(expert.key)
             self._unused.append(expert.slot)
 

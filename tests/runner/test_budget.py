@@ -87,7 +87,7 @@ def test_nothing_goes_over_it(ram: int, ctx: int | None) -> None:
 
 
 def test_the_floor_that_is_said_is_enough() -> None:
-    with pytest.raises(ResourceError, match="--ram is 1.00 GB; give more, or a smaller --ctx") as refused:
+    with pytest.raises(ResourceError, match=r"--ram is 1\.00 GB; give more, or a smaller --ctx") as refused:
         plan(1_000_000_000)
     floor = re.search(r"at least ([0-9.]+) GB", str(refused.value))
     assert floor is not None
@@ -102,7 +102,7 @@ def test_a_longer_text_costs_experts_and_is_refused_when_it_does_not_fit() -> No
     short, long = plan(24_000_000_000, 2000), plan(24_000_000_000, 16_000)
     assert long.cache - short.cache == 14_000 * 61 * 576 * 4
     assert long.slots < short.slots
-    with pytest.raises(ResourceError, match="a context of 163840 tokens 23.0 GB"):
+    with pytest.raises(ResourceError, match=r"a context of 163840 tokens 23\.0 GB"):
         plan(24_000_000_000, 163_840)
 
 
@@ -117,7 +117,7 @@ def test_the_machine_is_the_bound_when_nothing_is_said() -> None:
     budget = plan(None)
     assert budget.ram == 24_000_000_000 + PROCESS - 2**30
     assert taken(budget) <= budget.ram
-    with pytest.raises(ResourceError, match="this machine has 2.05 GB; free some memory"):
+    with pytest.raises(ResourceError, match=r"this machine has 2\.05 GB; free some memory"):
         plan(None, here=replace(HERE, available_bytes=2_000_000_000, memory_bytes=2_000_000_000))
 
 

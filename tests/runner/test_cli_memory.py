@@ -47,8 +47,42 @@ def test_the_text_is_the_same_whatever_the_memory(call: Call) -> None:
     assert len(texts) == 1
 
 
+def test_pinned_experts_are_read_first_and_the_text_is_the_same(call: Call, document: Document, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    asked = ("generate", "-p", "import ", "-n", "8", "--seed", "3", "--ram", "1.5GiB", "--io", "direct")
+    assert call("trace", "-p", "import ", "-n", "8", "--out", path, "-q").exit_code == 0
+    plain, pinned = document(*asked), document(*asked, "--pin", path)
+    assert pinned["ids"] == plain["ids"]
+    # Read before the run began; nothing that the trace used is missed in it.
+    assert pinned["stats"]["expert_misses"] < plain["stats"]["expert_misses"] / 2
+
+
+@pytest.mark.parametrize(("text", "code"), [("{}", 12), (None, 10)])
+def test_a_pin_that_is_no_trace_is_refused(call: Call, tmp_path: Path, text: str | None, code: int) -> None:
+    path = tmp_path / "trace.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    result = call("generate", "-p", "x", "--pin", path)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert str(path) in result.stderr
+
+
+def test_a_trace_of_another_model_is_refused(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    one = {"tokens": 1, "experts": {"77": [0]}}
+    trace = {
+        "format": "expert-trace", "version": 1, "model_type": "deepseek_v3", "layers": [77], "experts": 4,
+        "experts_per_token": 1, "passes": [one], "usage": {"77": {"0": 1}},
+    }  # fmt: skip
+    path.write_text(json.dumps(trace), encoding="utf-8")
+    result = call("generate", "-p", "x", "--pin", path)
+    assert result.exit_code == 12
+    assert "the trace is of another model" in result.stderr
+
+
 BENCH = [
-    "settings", "open_s", "first", "warm_up", "decode", "fixed_bytes", "memory_read_gbps", "disk_read_gbps", "peak_bytes",
+    "settings", "open_s", "first", "warm_up", "decode", "fixed_bytes", "memory_read_gbps", "disk_read_gbps",
+    "peak_bytes",
 ]  # fmt: skip
 PHASE = [
     "tokens", "seconds", "tokens_per_s", "median_pass_s", "read_bytes", "expert_hits", "expert_misses", "hit_rate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from hypothesis import given
@@ -59,7 +60,7 @@ def test_reading_the_runs_puts_every_byte_in_its_place(locations: list[Location]
     ends = sorted(
         (run.position, run.position + -(-(run.end - run.offset) // PAGE_BYTES) * PAGE_BYTES) for run in layout.runs
     )
-    assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
     assert layout.needed_bytes >= sum(one.size for one in wanted.values())
     assert layout.size % PAGE_BYTES == 0
 
