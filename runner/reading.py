@@ -87,9 +87,16 @@ class Files:
             except OSError:
                 continue  # gone; so are its pages
             try:
-                os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
+                _drop(descriptor, run)
             finally:
                 os.close(descriptor)
+
+
+def _drop(descriptor: int, run: Run) -> None:
+    # The cache lets go of its own pages only as wholes, and these may be huge.
+    begin = run.begin // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    end = -(-run.end // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
@@ -142,7 +149,7 @@ class Direct:
             with self._files.open(run.path, run.file, direct=True) as (descriptor, is_direct):
                 self._read(run, descriptor, region, position + run.position, is_direct=is_direct)
                 if not is_direct and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(descriptor, run.begin, run.end - run.begin, os.POSIX_FADV_DONTNEED)
+                    _drop(descriptor, run)
 
     def unload(self, layout: Layout, region: Region, position: int) -> None:
         """Nothing: the next expert is read over this one."""

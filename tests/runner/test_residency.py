@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from runner import kernels
 from runner.background import Background
 from runner.contents import Key
 from runner.layout import Layout, lay_out
+from runner.memory import Region
 from runner.policy import Policy
 from runner.reading import Direct, Files, Mapped
 from runner.residency import GROUP_EXPERTS, ExpertWindow
@@ -236,6 +238,55 @@ def test_addresses_are_given_back(folder: Folder, way: type[Direct] | type[Mappe
     del window
     gc.collect()
     assert mappings() == 0
+
+
+def is_cached(path: Path) -> bool:
+    """Whether the first page of a file's content is in the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(descriptor, [bytearray(4096)], 4096, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        pytest.skip(f"this file system does not tell what is cached: {error.strerror}")
+    finally:
+        os.close(descriptor)
+
+
+def test_evicted_experts_leave_the_page_cache(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    window = open_window(folder, way, 2)
+    os.sync()  # what is not written yet cannot leave
+    files = Files(folder.sizes)
+    for expert in range(10):
+        files.forget(folder.layout((0, expert), 4096))
+        assert not is_cached(folder.path((0, expert)))
+    list(use(window, 0, range(10)))
+    held = {key[1] for key in window.held}
+    assert len(held) == 2
+    assert [is_cached(folder.path((0, expert))) for expert in range(10)] == [
+        way is Mapped and expert in held for expert in range(10)
+    ]
+
+
+def test_a_slot_is_not_read_into_while_its_last_reader_is_at_work(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abandoned expert is still on its way when its slot is given to the next."""
+    load, go = way.load, threading.Event()
+
+    def late(self: Direct | Mapped, layout: Layout, region: Region, position: int) -> None:
+        if layout.runs[0].file == "0-0":
+            go.wait(60)
+        load(self, layout, region, position)
+
+    monkeypatch.setattr(way, "load", late)
+    window = open_window(folder, way, 1)
+    groups = window.groups(0, [0])
+    assert next(next(groups)) == []
+    groups.close()  # type: ignore[attr-defined]
+    threading.Timer(0.3, go.set).start()
+    for expert in (1, 2, 1):
+        assert [sorted(one) for one in use(window, 0, [expert])] == [[expert]]
 
 
 def test_a_bus_error_elsewhere_still_ends_the_process(

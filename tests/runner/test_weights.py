@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import manifests
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.header import HeaderTensor, encode_header
 from runner import background
-from runner.contents import Contents, group_of
+from runner.contents import Contents, group_of, pass_order
 from runner.weights import WeightStore
 
 
@@ -84,6 +85,21 @@ def test_nothing_is_read_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
     layer = sum(stored[name].nbytes for name in stored if group_of(name) == "model.layers.1")
     assert layer + norm.nbytes <= store.usage.read_bytes <= layer + norm.nbytes + 64 * 1024
     assert torch.equal(gate, stored["model.layers.1.mlp.gate.weight"])
+
+
+def test_the_next_groups_are_read_while_one_is_used(tiny_checkpoint: Path) -> None:
+    stored = load_files(tiny_checkpoint)
+    sizes = Counter[str]()
+    for name, tensor in stored.items():
+        sizes[group_of(name)] += tensor.nbytes
+    order = pass_order(3)
+    store = WeightStore(Contents(manifests.open(tiny_checkpoint)), order=order)
+    for at, name in enumerate(("input_layernorm.weight", "mlp.gate.weight")):
+        store.tensor(f"model.layers.{at}.{name}")
+        asked = sum(sizes[group] for group in order[: at + 3])
+        assert asked <= store.usage.read_bytes <= asked + 64 * 1024
+    assert [tensor.nbytes for tensor in store.dense_tensors()]
+    assert store.usage.resident_bytes == store.usage.read_bytes
 
 
 def test_rows_are_read_alone(tiny_checkpoint: Path) -> None:
@@ -163,6 +179,7 @@ def regions() -> int:
 
 def test_memory_goes_with_the_last_view(tmp_path: Path) -> None:
     save_file({"x.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    gc.collect()
     before = regions()
     store = open_store(tmp_path)
     view = store.tensor("x.weight")
