@@ -215,7 +215,7 @@ class Optimum:
         self._resident.remove(key)
 
     def lock(self, keys: Iterable[Key]) -> None:
-        """Every locked key was touched before, so its entries are out of date until it is unlocked."""
+        """Every locked key was touched before, so its entries are from before its last use until it is unlocked."""
 
     def unlock(self, keys: Iterable[Key]) -> None:
         """Enter each with its next use."""
@@ -224,9 +224,9 @@ class Optimum:
 
     def victim(self) -> Key | None:
         """Give the key that will not be used for longest."""
+        # An entry from before the key's last use is not the first: all other keys are used later than that.
         while self._heap:
-            use, key = self._heap[0]
-            if key in self._resident and -use == self._next(key):
+            if (key := self._heap[0][1]) in self._resident:
                 return key
             heappop(self._heap)
         return None
