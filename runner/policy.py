@@ -60,9 +60,9 @@ class Policy:
         self._heaps: dict[int, list[tuple[float, int, int, Key]]] = {}
         self._locked: Counter[Key] = Counter()
         self._pinned: set[Key] = set()
-        # The layers seen so far in order, and the place of the one that is being computed; -1 before the first.
+        # The places of the layers seen so far in their order, and the layer that is being computed.
         self._place: dict[int, int] = {}
-        self._current = -1
+        self._current: int | None = None
         self._logs: list[float] = []
         # The first of each heap, the same as things stand, and what of it is out of date.
         self._first: dict[int, _Rank] = {}
@@ -81,15 +81,15 @@ class Policy:
     def tick(self) -> None:
         """Begin a pass through the model."""
         self._pass += 1
-        self._current = -1
+        self._current = None
         self._moved = True
 
     def touch(self, key: Key) -> None:
         """Count a use in this pass, be the key in memory or not; its layer is the one that is being computed."""
         layer = key[0]
         self._know(layer)
-        if (place := self._place[layer]) != self._current:
-            self._current = place
+        if layer != self._current:
+            self._current = layer
             self._moved = True
         self._changed.add(layer)
         self._uses += 1
@@ -139,18 +139,23 @@ class Policy:
         """
         for layer in self._changed:
             self._first[layer] = self._find_first(layer)
+        # Before a pass's first layer, all of them are to come.
+        current = -1 if self._current is None else self._place[self._current]
         for layer in self._place if self._moved else self._changed:
             score, last, key = self._first[layer]
-            self._rank[layer] = (score - self._price(self._place[layer]), last, key)
+            self._rank[layer] = (score - self._price(self._place[layer] - current), last, key)
         self._changed.clear()
         self._moved = False
         return min(self._rank.values(), default=_NOTHING)[2] or None
 
-    def _price(self, place: int) -> float:
-        """What turns a stored score into that at the layer's next visit, divided by the wait until then."""
+    def _price(self, wait: int) -> float:
+        """What turns a stored score into that at the layer's next visit, divided by the wait until then.
+
+        Args:
+            wait: Layers from the one that is being computed to this one; if not above 0, its visit is over.
+        """
         if not self._half_life:
             return 0.0
-        wait = place - self._current
         if wait > 0:
             return self._pass / self._half_life + self._logs[wait]
         return (self._pass + 1) / self._half_life + self._logs[wait + len(self._place)]
@@ -158,11 +163,9 @@ class Policy:
     def _know(self, layer: int) -> None:
         """Make room for a layer that was never seen."""
         if layer not in self._heaps:
-            computed = [each for each, place in self._place.items() if place == self._current]
             self._heaps[layer] = []
             self._place = {each: place for place, each in enumerate(sorted(self._heaps))}
             self._logs = [0.0, *(log2(wait) for wait in range(1, len(self._heaps) + 1))]
-            self._current = self._place[computed[0]] if computed else -1
             self._changed.add(layer)
             self._moved = True
 

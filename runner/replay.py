@@ -1,8 +1,9 @@
 """Replay routing traces against policies and sizes of memory: how many uses would have found their expert in memory?
 
 A layer asks for all its experts at once. Those that are in memory are used first; each of the others takes the place
-of a victim, which is never an expert that the same layer still needs. What is counted is what a run with that much
-memory would do, but that experts read ahead of time are not. The optimum knows the future: no policy can beat it.
+of a victim, which is no expert of the same pass and layer as long as that fits. What is counted is what a run with
+that much memory would do, but that experts read ahead of time are not. The optimum knows the future: no policy can
+beat it.
 
 Numbers only: this file must not know files, tensors or the terminal.
 """
@@ -109,8 +110,7 @@ def replay(
         raise ToolkitError("a window of no expert cannot run anything; give one of at least 1")
     passes = [one for trace in traces for one in trace.passes]
     steps = [
-        (one.tokens, [[(layer, expert) for expert in ids] for layer, ids in sorted(one.experts.items())])
-        for one in passes
+        (one.tokens, [[(layer, expert) for expert in ids] for layer, ids in one.experts.items()]) for one in passes
     ]
     found: dict[int, dict[str, Tallies]] = {}
     for window in chosen:
@@ -149,28 +149,26 @@ def simulate(steps: Steps, keeper: Keeper, window: int) -> Tallies:
         tally = tallies.decode if tokens == 1 else tallies.prefill
         keeper.tick()
         for keys in layers:
-            hits = [key for key in keys if key in keeper]
+            misses = [key for key in keys if key not in keeper]
             tally.uses += len(keys)
-            tally.hits += len(hits)
+            tally.hits += len(keys) - len(misses)
             for key in keys:
                 keeper.touch(key)
-            keeper.lock(hits)
-            locked = hits
-            for key in keys:
-                if key in keeper:
-                    continue
-                while len(keeper) >= window:
+            keeper.lock(keys)
+            # A layer that is larger than the window goes through it one by one: what was used may leave at once.
+            fits = len(keys) <= window
+            if not fits:
+                keeper.unlock(key for key in keys if key in keeper)
+            for key in misses:
+                if len(keeper) == window:
                     victim = keeper.victim()
-                    if victim is None:
-                        # The layer alone is larger than the window: what was used already gives way.
-                        keeper.unlock(locked)
-                        locked = []
-                    else:
-                        keeper.forget(victim)
+                    assert victim is not None
+                    keeper.forget(victim)
                 keeper.admit(key)
-                keeper.lock([key])
-                locked.append(key)
-            keeper.unlock(locked)
+                if not fits:
+                    keeper.unlock([key])
+            if fits:
+                keeper.unlock(keys)
     return tallies
 
 
@@ -217,7 +215,7 @@ class Optimum:
         self._resident.remove(key)
 
     def lock(self, keys: Iterable[Key]) -> None:
-        """Every locked key was touched before, so its entries are out of date until it is unlocked."""
+        """Every locked key was touched before, so its entries are from before its last use until it is unlocked."""
 
     def unlock(self, keys: Iterable[Key]) -> None:
         """Enter each with its next use."""
@@ -226,9 +224,9 @@ class Optimum:
 
     def victim(self) -> Key | None:
         """Give the key that will not be used for longest."""
+        # An entry from before the key's last use is not the first: all other keys are used later than that.
         while self._heap:
-            use, key = self._heap[0]
-            if key in self._resident and -use == self._next(key):
+            if (key := self._heap[0][1]) in self._resident:
                 return key
             heappop(self._heap)
         return None

@@ -110,7 +110,6 @@ class TraceRecorder:
         """Note what one MoE layer's router chose for the tokens of one pass."""
         chosen = expert_ids.tolist()
         if layer == self._layers[0]:
-            self._open = {}
             self._tokens = len(chosen)
         self._open[layer] = Counter(expert for token in chosen for expert in token)
         if layer == self._layers[-1]:

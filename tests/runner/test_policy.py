@@ -174,6 +174,16 @@ def test_of_equals_the_layer_that_was_just_computed_gives_way() -> None:
     assert policy.victim() == (0, 0)
 
 
+def test_a_layer_that_was_never_seen_lengthens_the_wait() -> None:
+    policy = Policy(inf)
+    fill(policy, *[(0, 0)] * 2, *[(2, 0)] * 5)
+    # Two uses for a wait of one layer, five for one of two layers.
+    assert policy.victim() == (0, 0)
+    policy.admit((1, 0))
+    policy.pin([(1, 0)])
+    assert policy.victim() == (2, 0)
+
+
 @pytest.mark.parametrize("half_life", [4, 64, inf])
 def test_a_cyclic_scan_larger_than_memory_keeps_most(half_life: float) -> None:
     """LRU finds nothing: each key is dropped just before its next use."""
