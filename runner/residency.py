@@ -150,21 +150,29 @@ class ExpertWindow:
         slots = self.slots - self._pinned
         size = min(slots, GROUP_EXPERTS)
         if len(experts) > size:
-            size = max(1, min(GROUP_EXPERTS, slots // 2))
+            size = max(1, min(GROUP_EXPERTS, slots // 4))
         most = 2 if 2 * size <= slots else 1
-        waiting = deque([(layer, expert) for expert in experts[at : at + size]] for at in range(0, len(experts), size))
+        keys = [(layer, expert) for expert in experts]
+        waiting = deque(keys[at : at + size] for at in range(0, len(keys), size))
         asked: deque[list[Key]] = deque()
+        # What is there already and has its turn later must not make room for what comes before it.
+        kept = {key for key in keys[most * size :] if key in self._held}
+        kept = set(sorted(kept)[: slots - most * size])
+        self._policy.lock(kept)
         try:
             while waiting or asked:
                 while waiting and len(asked) < most:
                     self._want(waiting[0])
                     asked.append(waiting.popleft())
+                    self._policy.unlock(kept.intersection(asked[-1]))
+                    kept.difference_update(asked[-1])
                 yield self._arrivals(asked[0])
                 self._check(asked[0])
                 self._policy.unlock(asked.popleft())
         finally:
-            for keys in asked:
-                self._policy.unlock(keys)
+            self._policy.unlock(kept)
+            for some in asked:
+                self._policy.unlock(some)
 
     def _want(self, keys: Sequence[Key]) -> None:
         """Lock these experts and ask for those that are missing, in this order."""

@@ -138,6 +138,16 @@ def test_what_is_there_comes_first(folder: Folder, way: type[Direct] | type[Mapp
     assert (window.counters.hits, window.counters.misses) == (2, 4)
 
 
+def test_what_has_its_turn_later_is_not_read_again(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    """A long prompt asks for more than fits; what fits is what was there."""
+    window = open_window(folder, way, 24)
+    list(use(window, 0, range(16, 40)))
+    assert window.counters.misses == 24
+    list(use(window, 0, range(40)))
+    # Half of the window is for what comes and goes.
+    assert window.counters.hits >= 12
+
+
 def test_an_abandoned_group_can_be_evicted(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
     window = open_window(folder, way, 4)
     groups = window.groups(0, range(4))
