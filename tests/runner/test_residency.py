@@ -153,6 +153,12 @@ def test_an_abandoned_group_can_be_evicted(folder: Folder, way: type[Direct] | t
     groups = window.groups(0, range(4))
     next(groups)
     groups.close()  # type: ignore[attr-defined]
+    assert not window._policy._locked
+    list(use(window, 0, range(4)))
+    groups = window.groups(0, [*range(4, 20), *range(4)])
+    next(groups)
+    groups.close()  # type: ignore[attr-defined]
+    assert not window._policy._locked
     for layer in (1, 0):
         assert [sorted(one) for one in use(window, layer, range(4))] == [[0, 1, 2, 3]]
 
