@@ -89,9 +89,12 @@ TARGET static void NAME(transposed)(
             const float scale = scale_of(scales, block);
             if (tokens == 1)
                 NAME(add_slab)(weights, deep, size, scale, q + n, q_stride, 1, out + first, out_stride, 1, LONE_VECS);
+            else if (tokens <= TILE_ROWS / 2)
+                NAME(add_slab)(weights, deep, size, scale, q + n, q_stride, tokens, out + first, out_stride,
+                               TILE_ROWS / 2, 2 * TILE_VECS);
             else
-                NAME(add_slab)(weights, deep, size, scale, q + n, q_stride, tokens, out + first, out_stride, TILE_ROWS,
-                               TILE_VECS);
+                NAME(add_slab)(weights, deep, size, scale, q + n, q_stride, tokens, out + first, out_stride,
+                               TILE_ROWS, TILE_VECS);
             first += size;
             if (first == block_end) {
                 block++;

@@ -11,7 +11,7 @@
 #define GROUP 32              /* tokens, or spans of them, that are worked on at once: what the room is for */
 #define HEADS (2 * LANES)     /* heads of one call; each position is read once for all of them */
 #define DEEP 64               /* numbers of a score that are summed before they are added to the others */
-#define SLAB 16               /* rows of weights that are expanded at once */
+#define SLAB 32               /* rows of weights that are expanded at once */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16")
