@@ -48,23 +48,28 @@ class LatentCache:
                 "shorten it or give a larger --ctx"
             )
 
-    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Put T new positions of one layer behind those it holds; ``advance`` makes them count.
+    def make_room(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Give one layer's positions, ``count`` new ones last and yet to be written; ``advance`` makes them count.
 
         Returns:
-            c [S, C] and k_pe [S, R], float32 views with the new positions last, S = length + T.
+            c [S, C] and k_pe [S, R], contiguous float32 views, S = length + count.
 
         Raises:
             ResourceError: They do not fit.
         """
-        count = c_TC.shape[0]
         self.check_room(count)
         end = self.length + count
-        for rows, new in ((self._c, c_TC), (self._k_pe, k_pe_TR)):
+        for rows in (self._c, self._k_pe):
             if rows[layer].shape[0] < end:
                 rows[layer] = self._grown(rows[layer], end)
-            rows[layer][self.length : end] = new
         return self._c[layer][:end], self._k_pe[layer][:end]
+
+    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """Put T new positions of one layer behind those it holds; see ``make_room``."""
+        c_SC, k_pe_SR = self.make_room(layer, c_TC.shape[0])
+        c_SC[self.length :] = c_TC
+        k_pe_SR[self.length :] = k_pe_TR
+        return c_SC, k_pe_SR
 
     def advance(self, count: int) -> None:
         """Count the positions that every layer has written. A pass that failed midway never gets here."""

@@ -202,6 +202,16 @@ static void run_keys(const void *context, int64_t head)
                         g->q + head * g->tokens * latent, latent);
 }
 
+/* Turn interleaved pairs by their angles; the numbers of `to` lie `step` apart. */
+static inline void rotate(const float *from, const float *cos, const float *sin, int64_t pairs, float *to, int64_t step)
+{
+    for (int64_t i = 0; i < pairs; i++) {
+        const float even = from[2 * i], odd = from[2 * i + 1];
+        to[2 * i * step] = even * cos[i] - odd * sin[i];
+        to[(2 * i + 1) * step] = even * sin[i] + odd * cos[i];
+    }
+}
+
 /* One token's queries of 16 heads side by side, the rotated part behind. Heads that are none have zeros. */
 static void run_turn(const void *context, int64_t chunk)
 {
@@ -221,11 +231,7 @@ static void run_turn(const void *context, int64_t chunk)
         for (int64_t k = 0; k < latent; k++)
             to[k * LANES + l] = q[k];
         const float *q_pe = of->q + (((g->begin + t) * of->heads + head) * (of->nope + of->rotary) + of->nope);
-        for (int64_t i = 0; i < of->rotary / 2; i++) {
-            const float even = q_pe[2 * i], odd = q_pe[2 * i + 1];
-            to[(latent + 2 * i) * LANES + l] = even * cos[i] - odd * sin[i];
-            to[(latent + 2 * i + 1) * LANES + l] = even * sin[i] + odd * cos[i];
-        }
+        rotate(q_pe, cos, sin, of->rotary / 2, to + latent * LANES + l, LANES);
     }
 }
 
@@ -301,27 +307,45 @@ void rk_attend(const rk_attention *of, float *room)
     pthread_mutex_unlock(&pool.caller);
 }
 
-/* ---- the norm ---- */
+/* ---- norms, and what the cache keeps ---- */
 
 typedef struct {
     const steps *with;
     const float *x, *weight;
-    int64_t rows, stride, size;
+    int64_t stride, size;
     float eps;
     float *out;
+    const float *cos, *sin; /* NULL for a norm alone */
+    int64_t rotary;
+    float *k_pe;
 } norm_job;
 
 static void run_norm(const void *context, int64_t row)
 {
     const norm_job *job = context;
-    job->with->norm(job->x + row * job->stride, job->weight, job->size, job->eps, job->out + row * job->size);
+    const float *x = job->x + row * job->stride;
+    const int64_t pairs = job->rotary / 2;
+    job->with->norm(x, job->weight, job->size, job->eps, job->out + row * job->size);
+    if (job->k_pe != NULL)
+        rotate(x + job->size, job->cos + row * pairs, job->sin + row * pairs, pairs, job->k_pe + row * job->rotary, 1);
 }
 
 /* Each row over the root of its mean square, times the weight; rows of x lie `stride` numbers apart. */
 void rk_norm(const float *x, int64_t rows, int64_t stride, const float *weight, int64_t size, float eps, float *out)
 {
     pthread_mutex_lock(&pool.caller);
-    const norm_job job = {chosen_steps(), x, weight, rows, stride, size, eps, out};
+    const norm_job job = {chosen_steps(), x, weight, stride, size, eps, out, NULL, NULL, 0, NULL};
     run_chunks(run_norm, &job, rows, rows * size * (int64_t)sizeof *x);
+    pthread_mutex_unlock(&pool.caller);
+}
+
+/* What the cache keeps of [tokens, latent + rotary]: the norm of the latents, and the rotated rest. */
+void rk_latents(
+    const float *x, int64_t tokens, const float *weight, int64_t latent, float eps, const float *cos, const float *sin,
+    int64_t rotary, float *c, float *k_pe)
+{
+    pthread_mutex_lock(&pool.caller);
+    const norm_job job = {chosen_steps(), x, weight, latent + rotary, latent, eps, c, cos, sin, rotary, k_pe};
+    run_chunks(run_norm, &job, tokens, tokens * (latent + rotary) * (int64_t)sizeof *x);
     pthread_mutex_unlock(&pool.caller);
 }

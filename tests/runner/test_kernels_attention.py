@@ -242,6 +242,19 @@ def test_norm(compiled: Kernels, size: int) -> None:
     assert torch.equal(compiled.norm(many, weight, 1e-6), found.repeat(1000, 1))
 
 
+def test_latents_are_the_norm_and_the_rotation(compiled: Kernels) -> None:
+    for latent, rotary in ((16, 4), (37, 2), (512, 64)):
+        x, weight = seeded(5, latent + rotary), 1 + seeded(latent)
+        rotation = Rotation(cos=seeded(5, rotary // 2), sin=seeded(5, rotary // 2, seed=1))
+        c, k_pe = torch.full((8, latent), 7.0), torch.full((8, rotary), 7.0)
+        turn = (rotation.cos, rotation.sin)
+        compiled.latents(x, weight, 1e-6, turn, c[:7], k_pe[:7])
+        assert torch.equal(c[2:7], compiled.norm(x[:, :latent], weight, 1e-6))
+        assert torch.equal(k_pe[2:7], rotate(x[:, latent:], rotation))
+        for rest in (c[:2], c[7:], k_pe[:2], k_pe[7:]):
+            assert (rest == 7).all()
+
+
 @pytest.mark.usefixtures("every_way")
 def test_norms_take_any_shape() -> None:
     x, weight = seeded(2, 3, 20), seeded(20)
