@@ -154,6 +154,20 @@ def test_instruction_sets_with_one_rounding_give_the_same_bits() -> None:
             assert all(torch.equal(first, other) for other in others)
 
 
+def test_weights_are_exponentials_to_the_last_digits(compiled: Kernels) -> None:
+    """Two positions, of which the second scores less by as much as the head's query is: its weight is a sigmoid."""
+    less = torch.cat((torch.linspace(0, 20, 3001), torch.linspace(20, 85, 1000)))
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(
+        len(less), 1
+    )  # a key of the first number, a value of the other
+    q = torch.stack((less, torch.zeros_like(less), torch.zeros_like(less)), -1).unsqueeze(0)
+    turn = (torch.ones(1, 1), torch.zeros(1, 1))
+    c, k_pe = torch.tensor([[0.0, 0.0], [-1.0, 1.0]]), torch.zeros(2, 2)
+    kv_b = Matrix(weight=weight, scale=None)
+    found = compiled.attend(q, turn, c, k_pe, kv_b, scale=1.0, dtype=torch.float32)[0, :, 0]
+    torch.testing.assert_close(found.double(), (-less.double()).sigmoid(), rtol=5e-7, atol=0)
+
+
 def test_later_positions_are_not_looked_at(compiled: Kernels) -> None:
     case = Case(6, 40)
     expected = case.run(compiled)
