@@ -14,10 +14,21 @@
 #include "numbers.h"
 #include "pool.h"
 
-#define PIECE 128  /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
 #define LANES 16
-#define TOKENS 32  /* rows of activations that share one expansion of the weights; their sums stay in the L1 cache */
-#define AHEAD 8192 /* bytes between asking memory for a weight and reading it */
+#ifndef SEGMENT
+#define SEGMENT 256 /* columns that are summed before they join the row's sum; what is expanded at once */
+#endif
+#define LINE 64     /* columns that one token's product takes at a time */
+#ifndef GROUP
+#define GROUP 16    /* rows that are expanded together */
+#endif
+#define TILE_ROWS 4
+#ifndef TOKENS
+#define TOKENS 48   /* rows of activations that share one expansion of the weights; their sums stay in the L2 cache */
+#endif
+#ifndef AHEAD
+#define AHEAD 2048  /* bytes between asking memory for a weight and reading it, in each of a few streams */
+#endif
 
 enum { FP8_E4M3, BF16, F16, F32 };
 
@@ -75,29 +86,36 @@ static inline lanes_c load_c(const float *from)
 static inline lanes_c load_some_c(const float *from, int64_t count)
 {
     lanes_c v = set_c(0.0f);
-    memcpy(&v, from, (size_t)count * sizeof *from);
+    memcpy(&v, from, (size_t)(count < LANES ? count : LANES) * sizeof *from);
     return v;
 }
 static inline void store_c(float *to, lanes_c v) { memcpy(to, &v, sizeof v); }
+static inline lanes_c add_c(lanes_c a, lanes_c b)
+{
+    for (int l = 0; l < LANES; l++)
+        a.lane[l] += b.lane[l];
+    return a;
+}
 static inline lanes_c fma_c(lanes_c a, lanes_c b, lanes_c c)
 {
     for (int l = 0; l < LANES; l++)
         c.lane[l] += a.lane[l] * b.lane[l];
     return c;
 }
-static inline float sum_c(lanes_c v)
+static inline float sum_c(const float *from)
 {
+    lanes_c v = load_c(from);
     for (int half_lanes = LANES / 2; half_lanes; half_lanes /= 2)
         for (int l = 0; l < half_lanes; l++)
             v.lane[l] += v.lane[l + half_lanes];
     return v.lane[0];
 }
-static inline void decode_c(int kind, const uint8_t *w, int64_t count, float *out)
+static inline void decode_some(int kind, const uint8_t *w, int64_t count, float scale, float *out)
 {
     switch (kind) {
     case FP8_E4M3:
         for (int64_t i = 0; i < count; i++)
-            out[i] = E4M3[w[i]];
+            out[i] = E4M3[w[i]] * scale;
         break;
     case BF16:
         for (int64_t i = 0; i < count; i++)
@@ -110,20 +128,27 @@ static inline void decode_c(int kind, const uint8_t *w, int64_t count, float *ou
     default:
         memcpy(out, w, (size_t)count * 4);
     }
-    for (int64_t i = count; i % LANES; i++)
-        out[i] = 0.0f;
 }
 
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
+#define WIDTH LANES
 #define ZERO() set_c(0.0f)
 #define SET(f) set_c(f)
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
+#define LOAD_SOME(p, n) load_some_c(p, n)
+#define ADD(a, b) add_c(a, b)
 #define FMA(a, b, c) fma_c(a, b, c)
-#define SUM(v) sum_c(v)
-#define DECODE(kind, w, n, out) decode_c(kind, w, n, out)
+#define SUM(p) sum_c(p)
+#define STREAMS 2
+#define TILE_TOKENS 2
+#define UNIT LANES
+#define TABLE int
+#define TABLE_LOAD() 0
+#define DECODE(kind, table, w, scale, out) decode_some(kind, w, UNIT, (scale).lane[0], (out)->lane)
+#define HAS_NAN(table) table
 #include "panel.h"
 
 #ifdef X86
@@ -193,7 +218,9 @@ int rk_start(int variant, int threads)
 
 /* ---- products ---- */
 
+#ifndef CHUNK_BYTES
 #define CHUNK_BYTES (1 << 19) /* of weights: small enough to share out evenly, large enough to stream */
+#endif
 
 /* Rows of a chunk, a multiple of 16. */
 static int64_t chunk_rows(const rk_matrix *a)
