@@ -15,8 +15,9 @@
 #include "pool.h"
 
 #define LANES 16
+#define PIECE 128   /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
 #ifndef SEGMENT
-#define SEGMENT 256 /* columns that are summed before they join the row's sum; what is expanded at once */
+#define SEGMENT 512 /* columns that are expanded at once */
 #endif
 #define LINE 64     /* columns that one token's product takes at a time */
 #ifndef GROUP
@@ -26,10 +27,6 @@
 #ifndef TOKENS
 #define TOKENS 48   /* rows of activations that share one expansion of the weights; their sums stay in the L2 cache */
 #endif
-#ifndef AHEAD
-#define AHEAD 2048  /* bytes between asking memory for a weight and reading it, in each of a few streams */
-#endif
-
 enum { FP8_E4M3, BF16, F16, F32 };
 
 typedef struct {
@@ -90,12 +87,6 @@ static inline lanes_c load_some_c(const float *from, int64_t count)
     return v;
 }
 static inline void store_c(float *to, lanes_c v) { memcpy(to, &v, sizeof v); }
-static inline lanes_c add_c(lanes_c a, lanes_c b)
-{
-    for (int l = 0; l < LANES; l++)
-        a.lane[l] += b.lane[l];
-    return a;
-}
 static inline lanes_c fma_c(lanes_c a, lanes_c b, lanes_c c)
 {
     for (int l = 0; l < LANES; l++)
@@ -110,12 +101,12 @@ static inline float sum_c(const float *from)
             v.lane[l] += v.lane[l + half_lanes];
     return v.lane[0];
 }
-static inline void decode_some(int kind, const uint8_t *w, int64_t count, float scale, float *out)
+static inline void decode_some(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
 {
     switch (kind) {
     case FP8_E4M3:
         for (int64_t i = 0; i < count; i++)
-            out[i] = E4M3[w[i]] * scale;
+            out[i] = E4M3[w[i]] * fp8_unit;
         break;
     case BF16:
         for (int64_t i = 0; i < count; i++)
@@ -139,7 +130,6 @@ static inline void decode_some(int kind, const uint8_t *w, int64_t count, float 
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
 #define LOAD_SOME(p, n) load_some_c(p, n)
-#define ADD(a, b) add_c(a, b)
 #define FMA(a, b, c) fma_c(a, b, c)
 #define SUM(p) sum_c(p)
 #define STREAMS 2
@@ -147,7 +137,8 @@ static inline void decode_some(int kind, const uint8_t *w, int64_t count, float 
 #define UNIT LANES
 #define TABLE int
 #define TABLE_LOAD() 0
-#define DECODE(kind, table, w, scale, out) decode_some(kind, w, UNIT, (scale).lane[0], (out)->lane)
+#define DECODE(kind, table, w, out) decode_some(kind, w, UNIT, FP8_UNIT, (out)->lane)
+#define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
 #include "panel.h"
 

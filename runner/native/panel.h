@@ -7,110 +7,107 @@
      ZERO() SET(f)       all zero; all f
      LOAD(p) STORE(p, v) WIDTH floats of memory, not aligned
      LOAD_SOME(p, n)     the first n of them, zeros behind; touches no other memory
-     ADD(a, b)
      FMA(a, b, c)        a * b + c, rounded once where the instruction set can
      SUM(p)              the 16 floats at p added: halves, quarters, eighths, pairs
-     STREAMS             rows that the product with one token goes over side by side
+     STREAMS             FP8 rows that the product with one token goes over side by side
      TILE_TOKENS         tokens whose sums with TILE_ROWS rows fit the registers
      UNIT                numbers that DECODE takes: 16, 32 or 64
      TABLE, TABLE_LOAD() what DECODE keeps in registers
-     DECODE(kind, table, w, scale, out)
-                         UNIT stored numbers at w as V's at out, times `scale`, a V, if they are FP8
+     DECODE(kind, table, w, out)
+                         UNIT stored numbers at w as V's at out, FP8 times FP8_UNIT
+     FP8_UNIT            a power of two
      HAS_NAN(table)      whether a DECODE met FP8 codes of NaN, which it need not get right then
 
-   One order of additions for every count of tokens, rows and threads: a weight is multiplied by its scale; lane l of a
-   segment adds its columns l, l + 16, ... from the left; the segments of a row are added from the left; the lanes are
-   added last. */
+   One order of additions for every count of tokens, rows and threads: lane l of a piece adds its columns l, l + 16, ...
+   from the left; the pieces of a row follow each other, each multiplied by its scale; the lanes are added last. */
 
 #define PARTS (LANES / WIDTH)
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* Columns begin to end of a row, times their scales, to out; whether there were codes of NaN that came out wrong. */
-INLINE int NAME(expand_columns)(
-    const rk_matrix *a, const int kind, int64_t row, int64_t begin, int64_t end, int64_t block, const int is_exact, float *out)
+/* `count` numbers at w, as they are DECODEd, at out; whether there were codes of NaN that came out wrong. */
+INLINE int NAME(expand_kind)(const int kind, const uint8_t *w, int64_t count, const int is_exact, float *out)
 {
-    const int64_t width = element_bytes(kind), block_columns = a->scale ? a->block_columns : a->columns;
-    const uint8_t *w = (const uint8_t *)a->weight + row * a->columns * width, *scales = scales_of(a, row);
     TABLE table = TABLE_LOAD();
-    for (int64_t c = begin; c < end; block++) {
-        const int64_t block_end = (block + 1) * block_columns, stop = block_end < end ? block_end : end;
-        const float factor = scale_of(scales, block);
-        const V scale = SET(factor);
-        for (; c + UNIT <= stop && !is_exact; c += UNIT) {
-            V some[UNIT / WIDTH];
-            DECODE(kind, table, w + c * width, scale, some);
-            for (int j = 0; j < UNIT / WIDTH; j++)
-                STORE(out + (c - begin) + j * WIDTH, some[j]);
-        }
-        decode_some(kind, w + c * width, stop - c, factor, out + (c - begin));
-        c = stop;
+    int64_t i = 0;
+    for (; i + UNIT <= count && !is_exact; i += UNIT) {
+        V some[UNIT / WIDTH];
+        DECODE(kind, table, w + i * element_bytes(kind), some);
+#pragma GCC unroll 8
+        for (int j = 0; j < UNIT / WIDTH; j++)
+            STORE(out + i + j * WIDTH, some[j]);
     }
+    decode_some(kind, w + i * element_bytes(kind), count - i, FP8_UNIT, out + i);
     return HAS_NAN(table);
 }
 
 /* The same, right in every case, with zeros behind up to a multiple of 16. */
-TARGET static void NAME(expand)(const rk_matrix *a, int64_t row, int64_t begin, int64_t end, int64_t block, float *out)
+TARGET static void NAME(expand)(int kind, const uint8_t *w, int64_t count, float *out)
 {
-    int is_wrong = 0;
-    switch (a->kind) {
+    switch (kind) {
     case FP8_E4M3:
-        is_wrong = NAME(expand_columns)(a, FP8_E4M3, row, begin, end, block, 0, out);
+        if (NAME(expand_kind)(FP8_E4M3, w, count, 0, out))
+            NAME(expand_kind)(FP8_E4M3, w, count, 1, out);
         break;
     case BF16:
-        NAME(expand_columns)(a, BF16, row, begin, end, block, 0, out);
+        NAME(expand_kind)(BF16, w, count, 0, out);
         break;
     case F16:
-        NAME(expand_columns)(a, F16, row, begin, end, block, 0, out);
+        NAME(expand_kind)(F16, w, count, 0, out);
         break;
     default:
-        NAME(expand_columns)(a, F32, row, begin, end, block, 0, out);
+        NAME(expand_kind)(F32, w, count, 0, out);
     }
-    if (is_wrong)
-        NAME(expand_columns)(a, FP8_E4M3, row, begin, end, block, 1, out);
-    for (int64_t i = end - begin; i % LANES; i++)
+    for (int64_t i = count; i % LANES; i++)
         out[i] = 0.0f;
 }
 
-/* Add the products of TILE_ROWS rows of expanded weights with `count` tokens to their sums. */
+/* Add the products of TILE_ROWS rows of `size` expanded weights with `count` tokens to their sums. */
 INLINE void NAME(tile)(
-    const float weights[][SEGMENT], int64_t size, const float *x, int64_t columns, const int count,
-    float total[][TOKENS][LANES])
+    const float weights[][SEGMENT], const float scale[][SEGMENT / PIECE], int64_t size, const float *x, int64_t columns,
+    const int count, float total[][TOKENS][LANES])
 {
-    const int64_t lanes = size & ~(int64_t)(LANES - 1);
-    for (int part = 0; part < LANES; part += WIDTH) {
-        V sum[TILE_ROWS][TILE_TOKENS];
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
-#pragma GCC unroll 8
-            for (int t = 0; t < count; t++)
-                sum[r][t] = ZERO();
-        for (int64_t i = part; i < lanes; i += LANES) {
-            V w[TILE_ROWS];
+    for (int64_t begin = 0; begin < size; begin += PIECE) {
+        const int64_t end = begin + PIECE < size ? begin + PIECE : size, lanes = end & ~(int64_t)(LANES - 1);
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; p++) {
+            V part[TILE_ROWS][TILE_TOKENS];
 #pragma GCC unroll 8
             for (int r = 0; r < TILE_ROWS; r++)
-                w[r] = LOAD(weights[r] + i);
 #pragma GCC unroll 8
-            for (int t = 0; t < count; t++) {
-                const V v = LOAD(x + t * columns + i);
-#pragma GCC unroll 8
-                for (int r = 0; r < TILE_ROWS; r++)
-                    sum[r][t] = FMA(w[r], v, sum[r][t]);
-            }
-        }
-        if (lanes < size) {
-#pragma GCC unroll 8
-            for (int t = 0; t < count; t++) {
-                const V v = LOAD_SOME(x + t * columns + lanes + part, size - lanes - part);
+                for (int t = 0; t < count; t++)
+                    part[r][t] = ZERO();
+            int64_t i = begin + p * WIDTH;
+            for (; i < lanes; i += LANES) {
+                V w[TILE_ROWS];
 #pragma GCC unroll 8
                 for (int r = 0; r < TILE_ROWS; r++)
-                    sum[r][t] = FMA(LOAD(weights[r] + lanes + part), v, sum[r][t]);
+                    w[r] = LOAD(weights[r] + i);
+#pragma GCC unroll 8
+                for (int t = 0; t < count; t++) {
+                    const V v = LOAD(x + t * columns + i);
+#pragma GCC unroll 8
+                    for (int r = 0; r < TILE_ROWS; r++)
+                        part[r][t] = FMA(w[r], v, part[r][t]);
+                }
+            }
+            if (i < end)
+#pragma GCC unroll 8
+                for (int t = 0; t < count; t++) {
+                    const V v = LOAD_SOME(x + t * columns + i, end - i);
+#pragma GCC unroll 8
+                    for (int r = 0; r < TILE_ROWS; r++)
+                        part[r][t] = FMA(LOAD(weights[r] + i), v, part[r][t]);
+                }
+#pragma GCC unroll 8
+            for (int r = 0; r < TILE_ROWS; r++) {
+                const V factor = SET(scale[r][begin / PIECE]);
+#pragma GCC unroll 8
+                for (int t = 0; t < count; t++) {
+                    float *sum = total[r][t] + p * WIDTH;
+                    STORE(sum, FMA(part[r][t], factor, LOAD(sum)));
+                }
             }
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
-#pragma GCC unroll 8
-            for (int t = 0; t < count; t++)
-                STORE(total[r][t] + part, ADD(LOAD(total[r][t] + part), sum[r][t]));
     }
 }
 
@@ -119,29 +116,43 @@ TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const
 {
     alignas(64) float weights[GROUP][SEGMENT];
     alignas(64) float total[GROUP][TOKENS][LANES];
-    const int64_t bytes = element_bytes(a->kind), block_columns = a->scale ? a->block_columns : a->columns;
+    float scale[GROUP][SEGMENT / PIECE];
+    const int64_t columns = a->columns, bytes = element_bytes(a->kind), tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int64_t block_columns = a->scale ? a->block_columns : columns;
+    const int has_whole_pieces = a->scale == NULL || block_columns % PIECE == 0;
     const int rows = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    for (int r = 0; r < rows; r++)
+    const uint8_t *w = (const uint8_t *)a->weight + row * columns * bytes;
+    for (int r = 0; r < rows; r++) {
         memset(total[r], 0, (size_t)tokens * sizeof total[r][0]);
-    for (int r = count; r < rows; r++)
-        memset(weights[r], 0, sizeof weights[r]);
-    for (int64_t begin = 0; begin < a->columns; begin += SEGMENT) {
-        const int64_t end = begin + SEGMENT < a->columns ? begin + SEGMENT : a->columns, block = begin / block_columns;
-        for (int r = 0; r < count; r++) {
-            prefetch((const uint8_t *)a->weight + ((row + count + r) * a->columns + begin) * bytes, (end - begin) * bytes);
-            NAME(expand)(a, row + r, begin, end, block, weights[r]);
+        if (r >= count) {
+            memset(weights[r], 0, sizeof weights[r]);
+            memset(scale[r], 0, sizeof scale[r]);
         }
-        const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
-        for (int64_t t = 0, tile = 0; tile < tiles; tile++) {
-            const int64_t some = tokens * (tile + 1) / tiles - t;
-            const float *from = x + t * a->columns + begin;
+    }
+    for (int64_t begin = 0, end; begin < columns; begin = end) {
+        const int64_t block = begin / block_columns, block_end = (block + 1) * block_columns;
+        end = has_whole_pieces ? begin + SEGMENT : begin + PIECE < block_end ? begin + PIECE : block_end;
+        end = end < columns ? end : columns;
+        const int64_t size = end - begin;
+        for (int r = 0; r < count; r++) {
+            const uint8_t *scales = scales_of(a, row + r);
+            for (int64_t c = begin; c < end; c += PIECE)
+                scale[r][(c - begin) / PIECE] = scale_of(scales, c / block_columns) / (a->scale ? FP8_UNIT : 1.0f);
+            /* The next rows, in the order of memory. */
+            prefetch(w + (count * (columns + begin) + r * size) * bytes, size * bytes);
+            NAME(expand)(a->kind, w + (r * columns + begin) * bytes, size, weights[r]);
+        }
+        for (int64_t t = 0, n = 1; n <= tiles; n++) {
+            const int64_t some = tokens * n / tiles - t;
+            const float *from = x + t * columns + begin;
             for (int r = 0; r < rows; r += TILE_ROWS) {
-                float(*sums)[TOKENS][LANES] = (float(*)[TOKENS][LANES])total[r][t];
+                const float(*const w_r)[SEGMENT] = (const float(*)[SEGMENT])weights[r];
+                const float(*const scale_r)[SEGMENT / PIECE] = (const float(*)[SEGMENT / PIECE])scale[r];
+                float(*const sums)[TOKENS][LANES] = (float(*)[TOKENS][LANES])total[r][t];
                 switch (some) {
-#define CASE(n)                                                                                      \
-    case n:                                                                                          \
-        if (n <= TILE_TOKENS)                                                                        \
-            NAME(tile)(weights + r, end - begin, from, a->columns, n <= TILE_TOKENS ? n : 1, sums);  \
+#define CASE(n) \
+    case n: \
+        NAME(tile)(w_r, scale_r, size, from, columns, n < TILE_TOKENS ? n : TILE_TOKENS, sums); \
         break;
                     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
@@ -155,100 +166,102 @@ TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const
             y[t * a->rows + row + r] = SUM(total[r][t]);
 }
 
-/* STREAMS rows with one token, expanded into registers; whether there were codes of NaN that came out wrong. */
-INLINE int NAME(streams)(const rk_matrix *a, const int kind, int64_t row, const float *x, float *y)
+/* A few rows with one token, expanded into registers; whether there were codes of NaN that came out wrong. */
+INLINE int NAME(streams)(const rk_matrix *a, const int kind, const int count, int64_t row, const float *x, float *y)
 {
-    const int64_t bytes = element_bytes(kind), columns = a->columns, whole = columns & ~(int64_t)(LINE - 1);
-    const int64_t block_columns = a->scale ? a->block_columns : columns;
-    const uint8_t *w[STREAMS], *scales[STREAMS];
-    alignas(64) float sums[STREAMS][LANES], rest[STREAMS][LINE];
+    const int64_t bytes = element_bytes(kind), columns = a->columns, block_columns = a->scale ? a->block_columns : columns;
+    const uint8_t *const w = (const uint8_t *)a->weight + row * columns * bytes;
+    const uint8_t *scales[STREAMS];
+    alignas(64) float sums[LANES], rest[LINE];
     V total[STREAMS][PARTS];
     TABLE table = TABLE_LOAD();
 #pragma GCC unroll 8
-    for (int r = 0; r < STREAMS; r++) {
-        w[r] = (const uint8_t *)a->weight + (row + r) * columns * bytes;
+    for (int r = 0; r < count; r++) {
         scales[r] = scales_of(a, row + r);
 #pragma GCC unroll 2
         for (int p = 0; p < PARTS; p++)
             total[r][p] = ZERO();
     }
-    for (int64_t c = 0, block = 0; c < columns;) {
-        const int64_t end = c + SEGMENT < columns ? c + SEGMENT : columns, whole_end = end < whole ? end : whole;
-        V sum[STREAMS][PARTS];
+    for (int64_t begin = 0, block = 0, block_end = block_columns; begin < columns;) {
+        const int64_t end = begin + PIECE < columns ? begin + PIECE : columns;
+        V part[STREAMS][PARTS];
 #pragma GCC unroll 8
-        for (int r = 0; r < STREAMS; r++)
+        for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
             for (int p = 0; p < PARTS; p++)
-                sum[r][p] = ZERO();
-        while (c < whole_end) {
-            const int64_t block_end = (block + 1) * block_columns, stop = block_end < whole_end ? block_end : whole_end;
-            V scale[STREAMS];
+                part[r][p] = ZERO();
+        int64_t c = begin;
+        for (; c + LINE <= end; c += LINE)
 #pragma GCC unroll 8
-            for (int r = 0; r < STREAMS; r++)
-                scale[r] = SET(scale_of(scales[r], block));
-            for (; c + LINE <= stop; c += LINE) {
-#pragma GCC unroll 8
-                for (int r = 0; r < STREAMS; r++) {
-                    prefetch(w[r] + c * bytes + AHEAD, LINE * bytes);
+            for (int r = 0; r < count; r++) {
+                /* The next rows, in the order of memory. */
+                prefetch(w + (count * (columns + c) + r * LINE) * bytes, LINE * bytes);
 #pragma GCC unroll 4
-                    for (int u = 0; u < LINE; u += UNIT) {
-                        V some[UNIT / WIDTH];
-                        DECODE(kind, table, w[r] + (c + u) * bytes, scale[r], some);
+                for (int u = 0; u < LINE; u += UNIT) {
+                    V some[UNIT / WIDTH];
+                    DECODE(kind, table, w + (r * columns + c + u) * bytes, some);
 #pragma GCC unroll 8
-                        for (int j = 0; j < UNIT / WIDTH; j++)
-                            sum[r][j % PARTS] = FMA(some[j], LOAD(x + c + u + j * WIDTH), sum[r][j % PARTS]);
-                    }
+                    for (int j = 0; j < UNIT / WIDTH; j++)
+                        part[r][j % PARTS] = FMA(some[j], LOAD(x + c + u + j * WIDTH), part[r][j % PARTS]);
                 }
             }
-            if (stop == block_end)
-                block++;
-        }
-        if (c < end) {
-            for (int r = 0; r < STREAMS; r++)
-                NAME(expand)(a, row + r, c, end, block, rest[r]);
-            for (int64_t i = 0; i < end - c; i += WIDTH)
-                for (int r = 0; r < STREAMS; r++) {
-                    const int p = i / WIDTH % PARTS;
-                    sum[r][p] = FMA(LOAD(rest[r] + i), LOAD_SOME(x + c + i, end - c - i), sum[r][p]);
-                }
-            c = end;
-        }
+        if (c < end)
 #pragma GCC unroll 8
-        for (int r = 0; r < STREAMS; r++)
+            for (int r = 0; r < count; r++) {
+                NAME(expand)(kind, w + (r * columns + c) * bytes, end - c, rest);
+                for (int64_t i = 0; i < end - c; i += LANES)
+#pragma GCC unroll 2
+                    for (int p = 0; p < PARTS; p++) {
+                        const V v = LOAD_SOME(x + c + i + p * WIDTH, end - c - i - p * WIDTH);
+                        part[r][p] = FMA(LOAD(rest + i + p * WIDTH), v, part[r][p]);
+                    }
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < count; r++) {
+            const V scale = SET(scale_of(scales[r], block) / (kind == FP8_E4M3 ? FP8_UNIT : 1.0f));
 #pragma GCC unroll 2
             for (int p = 0; p < PARTS; p++)
-                total[r][p] = ADD(total[r][p], sum[r][p]);
+                total[r][p] = FMA(part[r][p], scale, total[r][p]);
+        }
+        if (end == block_end) {
+            block++;
+            block_end += block_columns;
+        }
+        begin = end;
     }
-    for (int r = 0; r < STREAMS; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) {
+#pragma GCC unroll 2
         for (int p = 0; p < PARTS; p++)
-            STORE(sums[r] + p * WIDTH, total[r][p]);
-        y[row + r] = SUM(sums[r]);
+            STORE(sums + p * WIDTH, total[r][p]);
+        y[row + r] = SUM(sums);
     }
     return HAS_NAN(table);
 }
 
-/* Rows begin to end with one token; returns the first that is left: too few of them, or blocks that are not of LINEs. */
+/* Rows begin to end with one token; returns the first that is left: too few of them, or blocks that cut pieces. */
 TARGET static int64_t NAME(one)(const rk_matrix *a, int64_t begin, int64_t end, const float *x, float *y)
 {
-    if (a->scale != NULL && a->block_columns % LINE)
+    enum { WIDE = STREAMS < 2 ? 1 : STREAMS / 2, WIDEST = STREAMS < 4 ? 1 : STREAMS / 4 };
+    if (a->scale != NULL && a->block_columns % PIECE)
         return begin;
-    for (; begin + STREAMS <= end; begin += STREAMS) {
-        int is_wrong = 0;
-        switch (a->kind) {
-        case FP8_E4M3:
-            is_wrong = NAME(streams)(a, FP8_E4M3, begin, x, y);
-            break;
-        case BF16:
-            NAME(streams)(a, BF16, begin, x, y);
-            break;
-        case F16:
-            NAME(streams)(a, F16, begin, x, y);
-            break;
-        default:
-            NAME(streams)(a, F32, begin, x, y);
-        }
-        if (is_wrong)
-            NAME(group)(a, begin, STREAMS, x, 1, y);
+    switch (a->kind) {
+    case FP8_E4M3:
+        for (; begin + STREAMS <= end; begin += STREAMS)
+            if (NAME(streams)(a, FP8_E4M3, STREAMS, begin, x, y))
+                NAME(group)(a, begin, STREAMS, x, 1, y);
+        break;
+    case BF16:
+        for (; begin + WIDE <= end; begin += WIDE)
+            NAME(streams)(a, BF16, WIDE, begin, x, y);
+        break;
+    case F16:
+        for (; begin + WIDE <= end; begin += WIDE)
+            NAME(streams)(a, F16, WIDE, begin, x, y);
+        break;
+    default:
+        for (; begin + WIDEST <= end; begin += WIDEST)
+            NAME(streams)(a, F32, WIDEST, begin, x, y);
     }
     return begin;
 }
@@ -275,7 +288,6 @@ TARGET static void NAME(panel)(
 #undef LOAD
 #undef STORE
 #undef LOAD_SOME
-#undef ADD
 #undef FMA
 #undef SUM
 #undef STREAMS
@@ -284,4 +296,5 @@ TARGET static void NAME(panel)(
 #undef TABLE
 #undef TABLE_LOAD
 #undef DECODE
+#undef FP8_UNIT
 #undef HAS_NAN

@@ -4,7 +4,7 @@
 
 /* e4m3 to float16: the sign stays, seven bits move up by seven. That is the value / 256, subnormals included; of the two
    NaN codes it makes 480, so they are looked for: the largest of the seven bits is kept. */
-#define FP8_AS_F16 256.0f
+#define FP8_AS_F16 (1 / 256.0f)
 
 /* ---- AVX2 ---- */
 
@@ -33,18 +33,17 @@ TARGET_AVX2 static inline int has_nan_avx2(table_avx2 table)
 }
 
 TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
-    const int kind, table_avx2 *table, const uint8_t *w, __m256 scale, __m256 *out)
+    const int kind, table_avx2 *table, const uint8_t *w, __m256 *out)
 {
     if (kind == FP8_E4M3) {
         const __m256i mask = _mm256_set1_epi16((short)0xBFFF);
         const __m256i digits = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi8(0x7f));
-        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(FP8_AS_F16));
         table->most = _mm256_max_epu8(table->most, digits);
         for (int j = 0; j < 2; j++) {
             const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 16 * j)));
             const __m256i bits = _mm256_and_si256(_mm256_slli_epi16(codes, 7), mask);
-            out[2 * j] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), factor);
-            out[2 * j + 1] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)), factor);
+            out[2 * j] = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+            out[2 * j + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
         }
         return;
     }
@@ -68,7 +67,6 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 #define LOAD(p) _mm256_loadu_ps(p)
 #define STORE(p, v) _mm256_storeu_ps(p, v)
 #define LOAD_SOME(p, n) load_some_avx2(p, n)
-#define ADD(a, b) _mm256_add_ps(a, b)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx2(p)
 #define STREAMS 2
@@ -76,7 +74,8 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 #define UNIT 32
 #define TABLE table_avx2
 #define TABLE_LOAD() {_mm256_setzero_si256()}
-#define DECODE(kind, table, w, scale, out) decode_avx2(kind, &table, w, scale, out)
+#define DECODE(kind, table, w, out) decode_avx2(kind, &table, w, out)
+#define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx2(table)
 #include "panel.h"
 
@@ -115,20 +114,19 @@ TARGET_AVX512 static inline int has_nan_avx512(table_avx512 table)
 }
 
 TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
-    const int kind, table_avx512 *table, const uint8_t *w, __m512 scale, __m512 *out)
+    const int kind, table_avx512 *table, const uint8_t *w, __m512 *out)
 {
     if (kind != FP8_E4M3) {
         decode_plain_avx512(kind, w, out);
         return;
     }
     const __m512i mask = _mm512_set1_epi16((short)0xBFFF);
-    const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(FP8_AS_F16));
     table->most = _mm512_max_epu8(table->most, _mm512_and_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(0x7f)));
     for (int j = 0; j < 2; j++) {
         const __m512i codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(w + 32 * j)));
         const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(codes, 7), mask);
-        out[2 * j] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(bits)), factor);
-        out[2 * j + 1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)), factor);
+        out[2 * j] = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+        out[2 * j + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     }
 }
 
@@ -141,15 +139,18 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
-#define ADD(a, b) _mm512_add_ps(a, b)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
-#define STREAMS 4
+#ifndef ST
+#define ST 4
+#endif
+#define STREAMS ST
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_avx512
 #define TABLE_LOAD() {_mm512_setzero_si512()}
-#define DECODE(kind, table, w, scale, out) decode_avx512(kind, &table, w, scale, out)
+#define DECODE(kind, table, w, out) decode_avx512(kind, &table, w, out)
+#define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx512(table)
 #include "panel.h"
 
@@ -168,7 +169,7 @@ TARGET_VBMI static inline table_vbmi table_load_vbmi(void)
 }
 
 TARGET_VBMI static inline __attribute__((always_inline)) void decode_vbmi(
-    const int kind, table_vbmi table, const uint8_t *w, __m512 scale, __m512 *out)
+    const int kind, table_vbmi table, const uint8_t *w, __m512 *out)
 {
     if (kind != FP8_E4M3) {
         decode_plain_avx512(kind, w, out);
@@ -180,10 +181,10 @@ TARGET_VBMI static inline __attribute__((always_inline)) void decode_vbmi(
         _mm512_permutex2var_epi8(table.upper0, codes, table.upper1), codes, sign, 0xF8); /* a | b & c */
     const __m512i lower = _mm512_permutex2var_epi8(table.lower0, codes, table.lower1);
     const __m512i first = _mm512_unpacklo_epi8(lower, upper), second = _mm512_unpackhi_epi8(lower, upper);
-    out[0] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(first, 16)), scale);
-    out[1] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(first, odd)), scale);
-    out[2] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(second, 16)), scale);
-    out[3] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(second, odd)), scale);
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(first, odd));
+    out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
+    out[3] = _mm512_castsi512_ps(_mm512_and_si512(second, odd));
 }
 
 static void make_tables(void)
@@ -210,14 +211,17 @@ static void make_tables(void)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
-#define ADD(a, b) _mm512_add_ps(a, b)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
-#define STREAMS 4
+#ifndef ST
+#define ST 4
+#endif
+#define STREAMS ST
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_vbmi
 #define TABLE_LOAD() table_load_vbmi()
-#define DECODE(kind, table, w, scale, out) decode_vbmi(kind, table, w, scale, out)
+#define DECODE(kind, table, w, out) decode_vbmi(kind, table, w, out)
+#define FP8_UNIT 1.0f
 #define HAS_NAN(table) 0
 #include "panel.h"
