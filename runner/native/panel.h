@@ -107,6 +107,7 @@ INLINE void NAME(tile)(
                     STORE(sum, FMA(part[r][t], factor, LOAD(sum)));
                 }
             }
+            __asm__ volatile("" ::: "memory"); /* or the sums are kept on the stack as well */
         }
     }
 }
