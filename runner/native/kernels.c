@@ -101,7 +101,7 @@ static inline float sum_c(const float *from)
             v.lane[l] += v.lane[l + half_lanes];
     return v.lane[0];
 }
-static inline void decode_some(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
+static inline __attribute__((always_inline)) void decode_c(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
 {
     switch (kind) {
     case FP8_E4M3:
@@ -121,6 +121,12 @@ static inline void decode_some(int kind, const uint8_t *w, int64_t count, float 
     }
 }
 
+/* The same, where it is rare. */
+static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
+{
+    decode_c(kind, w, count, fp8_unit, out);
+}
+
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
@@ -133,11 +139,12 @@ static inline void decode_some(int kind, const uint8_t *w, int64_t count, float 
 #define FMA(a, b, c) fma_c(a, b, c)
 #define SUM(p) sum_c(p)
 #define STREAMS 2
+#define STREAM_TOKENS 1
 #define TILE_TOKENS 2
 #define UNIT LANES
 #define TABLE int
 #define TABLE_LOAD() 0
-#define DECODE(kind, table, w, out) decode_some(kind, w, UNIT, FP8_UNIT, (out)->lane)
+#define DECODE(kind, table, w, out) decode_c(kind, w, UNIT, FP8_UNIT, (out)->lane)
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
 #include "panel.h"

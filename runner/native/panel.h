@@ -9,7 +9,7 @@
      LOAD_SOME(p, n)     the first n of them, zeros behind; touches no other memory
      FMA(a, b, c)        a * b + c, rounded once where the instruction set can
      SUM(p)              the 16 floats at p added: halves, quarters, eighths, pairs
-     STREAMS             FP8 rows that the product with one token goes over side by side
+     STREAMS             FP8 rows that a product with at most STREAM_TOKENS tokens goes over side by side
      TILE_TOKENS         tokens whose sums with TILE_ROWS rows fit the registers
      UNIT                numbers that DECODE takes: 16, 32 or 64
      TABLE, TABLE_LOAD() what DECODE keeps in registers
@@ -36,12 +36,13 @@ INLINE int NAME(expand_kind)(const int kind, const uint8_t *w, int64_t count, co
         for (int j = 0; j < UNIT / WIDTH; j++)
             STORE(out + i + j * WIDTH, some[j]);
     }
-    decode_some(kind, w + i * element_bytes(kind), count - i, FP8_UNIT, out + i);
+    if (i < count)
+        decode_some(kind, w + i * element_bytes(kind), count - i, FP8_UNIT, out + i);
     return HAS_NAN(table);
 }
 
 /* The same, right in every case, with zeros behind up to a multiple of 16. */
-TARGET static void NAME(expand)(int kind, const uint8_t *w, int64_t count, float *out)
+TARGET static __attribute__((noinline)) void NAME(expand)(int kind, const uint8_t *w, int64_t count, float *out)
 {
     switch (kind) {
     case FP8_E4M3:
@@ -113,7 +114,7 @@ INLINE void NAME(tile)(
 }
 
 /* A few rows with any tokens: each segment of the weights is expanded once, to memory that stays in the cache. */
-TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const float *x, int64_t tokens, float *y)
+TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int64_t row, int count, const float *x, int64_t tokens, float *y)
 {
     alignas(64) float weights[GROUP][SEGMENT];
     alignas(64) float total[GROUP][TOKENS][LANES];
@@ -123,6 +124,9 @@ TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const
     const int has_whole_pieces = a->scale == NULL || block_columns % PIECE == 0;
     const int rows = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     const uint8_t *w = (const uint8_t *)a->weight + row * columns * bytes;
+    const uint8_t *scales[GROUP];
+    for (int r = 0; r < count; r++)
+        scales[r] = scales_of(a, row + r);
     for (int r = 0; r < rows; r++) {
         memset(total[r], 0, (size_t)tokens * sizeof total[r][0]);
         if (r >= count) {
@@ -130,15 +134,19 @@ TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const
             memset(scale[r], 0, sizeof scale[r]);
         }
     }
-    for (int64_t begin = 0, end; begin < columns; begin = end) {
-        const int64_t block = begin / block_columns, block_end = (block + 1) * block_columns;
+    for (int64_t begin = 0, end, block = 0, block_end = block_columns; begin < columns; begin = end) {
         end = has_whole_pieces ? begin + SEGMENT : begin + PIECE < block_end ? begin + PIECE : block_end;
         end = end < columns ? end : columns;
         const int64_t size = end - begin;
+        for (int64_t c = begin, piece = 0; c < end; c += PIECE, piece++) {
+            for (int r = 0; r < count; r++)
+                scale[r][piece] = scale_of(scales[r], block) / (a->scale ? FP8_UNIT : 1.0f);
+            if (c + PIECE >= block_end || end == block_end) {
+                block++;
+                block_end += block_columns;
+            }
+        }
         for (int r = 0; r < count; r++) {
-            const uint8_t *scales = scales_of(a, row + r);
-            for (int64_t c = begin; c < end; c += PIECE)
-                scale[r][(c - begin) / PIECE] = scale_of(scales, c / block_columns) / (a->scale ? FP8_UNIT : 1.0f);
             /* The next rows, in the order of memory. */
             prefetch(w + (count * (columns + begin) + r * size) * bytes, size * bytes);
             NAME(expand)(a->kind, w + (r * columns + begin) * bytes, size, weights[r]);
@@ -167,30 +175,27 @@ TARGET static void NAME(group)(const rk_matrix *a, int64_t row, int count, const
             y[t * a->rows + row + r] = SUM(total[r][t]);
 }
 
-/* A few rows with one token, expanded into registers; whether there were codes of NaN that came out wrong. */
-INLINE int NAME(streams)(const rk_matrix *a, const int kind, const int count, int64_t row, const float *x, float *y)
+/* `count` rows with a few tokens, expanded into registers; whether there were codes of NaN that came out wrong. */
+INLINE int NAME(streams)(
+    const rk_matrix *a, const int kind, const int count, int64_t row, const float *x, const int tokens, float *y)
 {
     const int64_t bytes = element_bytes(kind), columns = a->columns, block_columns = a->scale ? a->block_columns : columns;
     const uint8_t *const w = (const uint8_t *)a->weight + row * columns * bytes;
     const uint8_t *scales[STREAMS];
     alignas(64) float sums[LANES], rest[LINE];
-    V total[STREAMS][PARTS];
+    V total[STREAMS][STREAM_TOKENS][PARTS];
     TABLE table = TABLE_LOAD();
-#pragma GCC unroll 8
-    for (int r = 0; r < count; r++) {
+#define EACH_SUM \
+    _Pragma("GCC unroll 8") for (int r = 0; r < count; r++) \
+        _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) \
+            _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; p++)
+    EACH_SUM total[r][t][p] = ZERO();
+    for (int r = 0; r < count; r++)
         scales[r] = scales_of(a, row + r);
-#pragma GCC unroll 2
-        for (int p = 0; p < PARTS; p++)
-            total[r][p] = ZERO();
-    }
     for (int64_t begin = 0, block = 0, block_end = block_columns; begin < columns;) {
         const int64_t end = begin + PIECE < columns ? begin + PIECE : columns;
-        V part[STREAMS][PARTS];
-#pragma GCC unroll 8
-        for (int r = 0; r < count; r++)
-#pragma GCC unroll 2
-            for (int p = 0; p < PARTS; p++)
-                part[r][p] = ZERO();
+        V part[STREAMS][STREAM_TOKENS][PARTS];
+        EACH_SUM part[r][t][p] = ZERO();
         int64_t c = begin;
         for (; c + LINE <= end; c += LINE)
 #pragma GCC unroll 8
@@ -203,7 +208,10 @@ INLINE int NAME(streams)(const rk_matrix *a, const int kind, const int count, in
                     DECODE(kind, table, w + (r * columns + c + u) * bytes, some);
 #pragma GCC unroll 8
                     for (int j = 0; j < UNIT / WIDTH; j++)
-                        part[r][j % PARTS] = FMA(some[j], LOAD(x + c + u + j * WIDTH), part[r][j % PARTS]);
+#pragma GCC unroll 8
+                        for (int t = 0; t < tokens; t++)
+                            part[r][t][j % PARTS] =
+                                FMA(some[j], LOAD(x + t * columns + c + u + j * WIDTH), part[r][t][j % PARTS]);
                 }
             }
         if (c < end)
@@ -211,58 +219,62 @@ INLINE int NAME(streams)(const rk_matrix *a, const int kind, const int count, in
             for (int r = 0; r < count; r++) {
                 NAME(expand)(kind, w + (r * columns + c) * bytes, end - c, rest);
                 for (int64_t i = 0; i < end - c; i += LANES)
-#pragma GCC unroll 2
-                    for (int p = 0; p < PARTS; p++) {
-                        const V v = LOAD_SOME(x + c + i + p * WIDTH, end - c - i - p * WIDTH);
-                        part[r][p] = FMA(LOAD(rest + i + p * WIDTH), v, part[r][p]);
-                    }
-            }
 #pragma GCC unroll 8
-        for (int r = 0; r < count; r++) {
-            const V scale = SET(scale_of(scales[r], block) / (kind == FP8_E4M3 ? FP8_UNIT : 1.0f));
+                    for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 2
-            for (int p = 0; p < PARTS; p++)
-                total[r][p] = FMA(part[r][p], scale, total[r][p]);
-        }
+                        for (int p = 0; p < PARTS; p++) {
+                            const int64_t at = i + p * WIDTH;
+                            const V v = LOAD_SOME(x + t * columns + c + at, end - c - at);
+                            part[r][t][p] = FMA(LOAD(rest + at), v, part[r][t][p]);
+                        }
+            }
+        V scale[STREAMS];
+#pragma GCC unroll 8
+        for (int r = 0; r < count; r++)
+            scale[r] = SET(scale_of(scales[r], block) / (kind == FP8_E4M3 ? FP8_UNIT : 1.0f));
+        EACH_SUM total[r][t][p] = FMA(part[r][t][p], scale[r], total[r][t][p]);
         if (end == block_end) {
             block++;
             block_end += block_columns;
         }
         begin = end;
     }
+#undef EACH_SUM
 #pragma GCC unroll 8
-    for (int r = 0; r < count; r++) {
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 2
-        for (int p = 0; p < PARTS; p++)
-            STORE(sums + p * WIDTH, total[r][p]);
-        y[row + r] = SUM(sums);
-    }
+            for (int p = 0; p < PARTS; p++)
+                STORE(sums + p * WIDTH, total[r][t][p]);
+            y[t * a->rows + row + r] = SUM(sums);
+        }
     return HAS_NAN(table);
 }
 
-/* Rows begin to end with one token; returns the first that is left: too few of them, or blocks that cut pieces. */
-TARGET static int64_t NAME(one)(const rk_matrix *a, int64_t begin, int64_t end, const float *x, float *y)
+/* Rows begin to end with `tokens` tokens; returns the first that is left, for there are too few for another step. */
+INLINE int64_t NAME(few)(
+    const rk_matrix *a, int64_t begin, int64_t end, const float *x, const int tokens, float *y)
 {
+    /* Rows of more bytes are fewer, so that the next ones are not asked for too far ahead. */
     enum { WIDE = STREAMS < 2 ? 1 : STREAMS / 2, WIDEST = STREAMS < 4 ? 1 : STREAMS / 4 };
-    if (a->scale != NULL && a->block_columns % PIECE)
-        return begin;
     switch (a->kind) {
     case FP8_E4M3:
         for (; begin + STREAMS <= end; begin += STREAMS)
-            if (NAME(streams)(a, FP8_E4M3, STREAMS, begin, x, y))
-                NAME(group)(a, begin, STREAMS, x, 1, y);
+            if (NAME(streams)(a, FP8_E4M3, STREAMS, begin, x, tokens, y))
+                NAME(group)(a, begin, STREAMS, x, tokens, y);
         break;
     case BF16:
         for (; begin + WIDE <= end; begin += WIDE)
-            NAME(streams)(a, BF16, WIDE, begin, x, y);
+            NAME(streams)(a, BF16, WIDE, begin, x, tokens, y);
         break;
     case F16:
         for (; begin + WIDE <= end; begin += WIDE)
-            NAME(streams)(a, F16, WIDE, begin, x, y);
+            NAME(streams)(a, F16, WIDE, begin, x, tokens, y);
         break;
     default:
         for (; begin + WIDEST <= end; begin += WIDEST)
-            NAME(streams)(a, F32, WIDEST, begin, x, y);
+            NAME(streams)(a, F32, WIDEST, begin, x, tokens, y);
     }
     return begin;
 }
@@ -271,8 +283,16 @@ TARGET static int64_t NAME(one)(const rk_matrix *a, int64_t begin, int64_t end, 
 TARGET static void NAME(panel)(
     const rk_matrix *a, int64_t begin, int64_t end, const float *x, int64_t tokens, float *y)
 {
-    if (tokens == 1)
-        begin = NAME(one)(a, begin, end, x, y);
+    if (a->scale == NULL || a->block_columns % PIECE == 0)
+        switch (tokens) {
+#define CASE(n) \
+    case n: \
+        if (n <= STREAM_TOKENS) \
+            begin = NAME(few)(a, begin, end, x, n <= STREAM_TOKENS ? n : 1, y); \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4)
+#undef CASE
+        }
     const int64_t size = tokens <= TILE_TOKENS ? TILE_ROWS : GROUP;
     for (; begin < end; begin += size)
         NAME(group)(a, begin, (int)(end - begin < size ? end - begin : size), x, tokens, y);
@@ -292,6 +312,7 @@ TARGET static void NAME(panel)(
 #undef FMA
 #undef SUM
 #undef STREAMS
+#undef STREAM_TOKENS
 #undef TILE_TOKENS
 #undef UNIT
 #undef TABLE

@@ -70,6 +70,7 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx2(p)
 #define STREAMS 2
+#define STREAM_TOKENS 2
 #define TILE_TOKENS 3
 #define UNIT 32
 #define TABLE table_avx2
@@ -141,10 +142,8 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
-#ifndef ST
-#define ST 4
-#endif
-#define STREAMS ST
+#define STREAMS 4
+#define STREAM_TOKENS 4
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_avx512
@@ -213,10 +212,8 @@ static void make_tables(void)
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
-#ifndef ST
-#define ST 4
-#endif
-#define STREAMS ST
+#define STREAMS 4
+#define STREAM_TOKENS 4
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_vbmi
