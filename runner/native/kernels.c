@@ -66,15 +66,9 @@ static inline __attribute__((always_inline)) void prefetch(const uint8_t *at, in
 
 /* ---- portable ---- */
 
-typedef struct { float lane[LANES]; } lanes_c;
+typedef float lanes_c __attribute__((vector_size(16)));
 
-static inline lanes_c set_c(float f)
-{
-    lanes_c v;
-    for (int l = 0; l < LANES; l++)
-        v.lane[l] = f;
-    return v;
-}
+static inline lanes_c set_c(float f) { return (lanes_c){f, f, f, f}; }
 static inline lanes_c load_c(const float *from)
 {
     lanes_c v;
@@ -83,69 +77,65 @@ static inline lanes_c load_c(const float *from)
 }
 static inline lanes_c load_some_c(const float *from, int64_t count)
 {
-    lanes_c v = set_c(0.0f);
-    memcpy(&v, from, (size_t)(count < LANES ? count : LANES) * sizeof *from);
-    return v;
+    float some[4] = {0};
+    for (int i = 0; i < 4 && i < count; i++)
+        some[i] = from[i];
+    return load_c(some);
 }
 static inline void store_c(float *to, lanes_c v) { memcpy(to, &v, sizeof v); }
-static inline lanes_c fma_c(lanes_c a, lanes_c b, lanes_c c)
-{
-    for (int l = 0; l < LANES; l++)
-        c.lane[l] += a.lane[l] * b.lane[l];
-    return c;
-}
 static inline float sum_c(const float *from)
 {
-    lanes_c v = load_c(from);
-    for (int half_lanes = LANES / 2; half_lanes; half_lanes /= 2)
-        for (int l = 0; l < half_lanes; l++)
-            v.lane[l] += v.lane[l + half_lanes];
-    return v.lane[0];
+    const lanes_c v = (load_c(from) + load_c(from + 8)) + (load_c(from + 4) + load_c(from + 12));
+    return (v[0] + v[2]) + (v[1] + v[3]);
 }
-static inline __attribute__((always_inline)) void decode_c(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
+static inline float decode_c(int kind, const uint8_t *w)
 {
+    float value;
     switch (kind) {
     case FP8_E4M3:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = E4M3[w[i]] * fp8_unit;
-        break;
+        return E4M3[*w];
     case BF16:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = bf16(w + 2 * i);
-        break;
+        return bf16(w);
     case F16:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = f16(w + 2 * i);
-        break;
+        return f16(w);
     default:
-        memcpy(out, w, (size_t)count * 4);
+        memcpy(&value, w, sizeof value);
+        return value;
     }
 }
+static inline __attribute__((always_inline)) void decode_four_c(const int kind, const uint8_t *w, lanes_c *out)
+{
+    const int64_t bytes = element_bytes(kind);
+    for (int j = 0; j < 4; j++, w += 4 * bytes)
+        out[j] = (lanes_c){decode_c(kind, w), decode_c(kind, w + bytes), decode_c(kind, w + 2 * bytes), decode_c(kind, w + 3 * bytes)};
+}
 
-/* The same, where it is rare. */
+/* What is left over by those that take many at once. */
 static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
 {
-    decode_c(kind, w, count, fp8_unit, out);
+    const float unit = kind == FP8_E4M3 ? fp8_unit : 1.0f;
+    for (int64_t i = 0; i < count; i++)
+        out[i] = decode_c(kind, w + i * element_bytes(kind)) * unit;
 }
 
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
-#define WIDTH LANES
+#define WIDTH 4
 #define ZERO() set_c(0.0f)
 #define SET(f) set_c(f)
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
 #define LOAD_SOME(p, n) load_some_c(p, n)
-#define FMA(a, b, c) fma_c(a, b, c)
+#define FMA(a, b, c) ((a) * (b) + (c))
 #define SUM(p) sum_c(p)
-#define STREAMS 2
+#define STREAMS 1
 #define STREAM_TOKENS 1
 #define TILE_TOKENS 2
 #define UNIT LANES
 #define TABLE int
 #define TABLE_LOAD() 0
-#define DECODE(kind, table, w, out) decode_c(kind, w, UNIT, FP8_UNIT, (out)->lane)
+#define DECODE(kind, table, w, out) decode_four_c(kind, w, out)
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
 #include "panel.h"

@@ -69,7 +69,7 @@ INLINE void NAME(tile)(
 {
     for (int64_t begin = 0; begin < size; begin += PIECE) {
         const int64_t end = begin + PIECE < size ? begin + PIECE : size, lanes = end & ~(int64_t)(LANES - 1);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < PARTS; p++) {
             V part[TILE_ROWS][TILE_TOKENS];
 #pragma GCC unroll 8
@@ -188,7 +188,7 @@ INLINE int NAME(streams)(
 #define EACH_SUM \
     _Pragma("GCC unroll 8") for (int r = 0; r < count; r++) \
         _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) \
-            _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; p++)
+            _Pragma("GCC unroll 4") for (int p = 0; p < PARTS; p++)
     EACH_SUM total[r][t][p] = ZERO();
     for (int r = 0; r < count; r++)
         scales[r] = scales_of(a, row + r);
@@ -221,7 +221,7 @@ INLINE int NAME(streams)(
                 for (int64_t i = 0; i < end - c; i += LANES)
 #pragma GCC unroll 8
                     for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                         for (int p = 0; p < PARTS; p++) {
                             const int64_t at = i + p * WIDTH;
                             const V v = LOAD_SOME(x + t * columns + c + at, end - c - at);
@@ -244,7 +244,7 @@ INLINE int NAME(streams)(
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++)
                 STORE(sums + p * WIDTH, total[r][t][p]);
             y[t * a->rows + row + r] = SUM(sums);
