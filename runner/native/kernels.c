@@ -16,17 +16,12 @@
 
 #define LANES 16
 #define PIECE 128   /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
-#ifndef SEGMENT
-#define SEGMENT 512 /* columns that are expanded at once */
-#endif
-#define LINE 64     /* columns that one token's product takes at a time */
-#ifndef GROUP
-#define GROUP 16    /* rows that are expanded together */
-#endif
+#define LINE 64     /* columns that a few tokens' product takes of each row in turn */
+#define SEGMENT 512 /* columns that are expanded at once for more tokens */
+#define GROUP 16    /* rows that are expanded together for them */
 #define TILE_ROWS 4
-#ifndef TOKENS
-#define TOKENS 48   /* rows of activations that share one expansion of the weights; their sums stay in the L2 cache */
-#endif
+#define TOKENS 48   /* rows of activations that share one expansion; their sums with a group stay in the L2 cache */
+
 enum { FP8_E4M3, BF16, F16, F32 };
 
 typedef struct {
@@ -107,7 +102,8 @@ static inline __attribute__((always_inline)) void decode_four_c(const int kind, 
 {
     const int64_t bytes = element_bytes(kind);
     for (int j = 0; j < 4; j++, w += 4 * bytes)
-        out[j] = (lanes_c){decode_c(kind, w), decode_c(kind, w + bytes), decode_c(kind, w + 2 * bytes), decode_c(kind, w + 3 * bytes)};
+        out[j] = (lanes_c){decode_c(kind, w), decode_c(kind, w + bytes), decode_c(kind, w + 2 * bytes),
+                           decode_c(kind, w + 3 * bytes)};
 }
 
 /* What is left over by those that take many at once. */
@@ -207,9 +203,7 @@ int rk_start(int variant, int threads)
 
 /* ---- products ---- */
 
-#ifndef CHUNK_BYTES
 #define CHUNK_BYTES (1 << 19) /* of weights: small enough to share out evenly, large enough to stream */
-#endif
 
 /* Rows of a chunk, a multiple of 16. */
 static int64_t chunk_rows(const rk_matrix *a)

@@ -161,7 +161,8 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
                 switch (some) {
 #define CASE(n) \
     case n: \
-        NAME(tile)(w_r, scale_r, size, from, columns, n < TILE_TOKENS ? n : TILE_TOKENS, sums); \
+        if (n <= TILE_TOKENS) \
+            NAME(tile)(w_r, scale_r, size, from, columns, n <= TILE_TOKENS ? n : 1, sums); \
         break;
                     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
@@ -252,7 +253,8 @@ INLINE int NAME(streams)(
     return HAS_NAN(table);
 }
 
-/* Rows begin to end with `tokens` tokens; returns the first that is left, for there are too few for another step. */
+/* Rows begin to end with `tokens` tokens; returns the first that is left, for there are too few for another step, or
+   the kind is too rare to be compiled for several tokens. */
 INLINE int64_t NAME(few)(
     const rk_matrix *a, int64_t begin, int64_t end, const float *x, const int tokens, float *y)
 {
@@ -269,12 +271,12 @@ INLINE int64_t NAME(few)(
             NAME(streams)(a, BF16, WIDE, begin, x, tokens, y);
         break;
     case F16:
-        for (; begin + WIDE <= end; begin += WIDE)
-            NAME(streams)(a, F16, WIDE, begin, x, tokens, y);
+        for (; tokens == 1 && begin + WIDE <= end; begin += WIDE)
+            NAME(streams)(a, F16, WIDE, begin, x, 1, y);
         break;
     default:
-        for (; begin + WIDEST <= end; begin += WIDEST)
-            NAME(streams)(a, F32, WIDEST, begin, x, tokens, y);
+        for (; tokens == 1 && begin + WIDEST <= end; begin += WIDEST)
+            NAME(streams)(a, F32, WIDEST, begin, x, 1, y);
     }
     return begin;
 }
@@ -290,7 +292,7 @@ TARGET static void NAME(panel)(
         if (n <= STREAM_TOKENS) \
             begin = NAME(few)(a, begin, end, x, n <= STREAM_TOKENS ? n : 1, y); \
         break;
-            CASE(1) CASE(2) CASE(3) CASE(4)
+            CASE(1) CASE(2) CASE(3)
 #undef CASE
         }
     const int64_t size = tokens <= TILE_TOKENS ? TILE_ROWS : GROUP;

@@ -143,7 +143,7 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
 #define STREAMS 4
-#define STREAM_TOKENS 4
+#define STREAM_TOKENS 3
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_avx512
@@ -213,7 +213,7 @@ static void make_tables(void)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SUM(p) sum_avx512(p)
 #define STREAMS 4
-#define STREAM_TOKENS 4
+#define STREAM_TOKENS 3
 #define TILE_TOKENS 6
 #define UNIT 64
 #define TABLE table_vbmi
