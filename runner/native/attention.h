@@ -8,7 +8,7 @@
 
 #define BLOCK 64              /* positions whose scores are held at once */
 #define SPAN 1024             /* positions of one call: a long text is shared out even where there are few heads */
-#define GROUP 32              /* tokens, or spans of them, that are worked on at once: what the room is for */
+#define SOME_TOKENS 32           /* tokens, or spans of them, that are worked on at once: what the room is for */
 #define HEADS (2 * LANES)     /* heads of one call; each position is read once for all of them */
 #define DEEP 64               /* numbers of a score that are summed before they are added to the others */
 #define SLAB 32               /* rows of weights that are expanded at once */
@@ -29,7 +29,8 @@ typedef struct {
 
 typedef struct {
     void (*transposed)(const rk_matrix *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t);
-    void (*span)(const rk_attention *, const float *, int64_t, int, int64_t, int64_t, float *, int64_t, float *, float *);
+    void (*span)(
+        const rk_attention *, const float *, int64_t, int, int64_t, int64_t, float *, int64_t, float *, float *);
     void (*norm)(const float *, const float *, int64_t, float, float *);
 } steps;
 
@@ -58,61 +59,85 @@ INLINE float exp_of(float x)
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
+#define WIDTH 4
 #define ZERO() set_c(0.0f)
 #define SET(f) set_c(f)
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
-#define FMA(a, b, c) fma_c(a, b, c)
-#define SUM(v) sum_c(v)
-#define DECODE(kind, w, n, out) decode_c(kind, w, n, out)
-#define TILE_ROWS 2
-#define TILE_VECS 1
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define SUM(p) sum_c(p)
+#define FP8_UNIT 1.0f
+#define UNIT LANES
+#define TABLE int
+#define TABLE_LOAD() 0
+#define DECODE(kind, table, w, out) decode_four_c(kind, w, out)
+#define HAS_NAN(table) table
+#define SUM_ROWS 2
+#define SUM_VECS 1
 #define LONE_VECS 2
 #include "attend.h"
 
 #ifdef X86
 #define NAME(x) x##_avx2
 #define TARGET TARGET_AVX2
-#define V lanes_avx2
-#define ZERO() set_avx2(0.0f)
-#define SET(f) set_avx2(f)
-#define LOAD(p) load_avx2(p)
-#define STORE(p, v) store_avx2(p, v)
-#define FMA(a, b, c) fma_avx2(a, b, c)
-#define SUM(v) sum_avx2(v)
-#define DECODE(kind, w, n, out) decode_avx2(kind, w, n, out)
-#define TILE_ROWS 6
-#define TILE_VECS 1
+#define V __m256
+#define WIDTH 8
+#define ZERO() _mm256_setzero_ps()
+#define SET(f) _mm256_set1_ps(f)
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define SUM(p) sum_avx2(p)
+#define FP8_UNIT FP8_AS_F16
+#define UNIT 32
+#define TABLE table_avx2
+#define TABLE_LOAD() {_mm256_setzero_si256()}
+#define DECODE(kind, table, w, out) decode_avx2(kind, &table, w, out)
+#define HAS_NAN(table) has_nan_avx2(table)
+#define SUM_ROWS 6
+#define SUM_VECS 1
 #define LONE_VECS 4
 #include "attend.h"
 
 #define NAME(x) x##_avx512
 #define TARGET TARGET_AVX512
 #define V __m512
+#define WIDTH 16
 #define ZERO() _mm512_setzero_ps()
 #define SET(f) _mm512_set1_ps(f)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_avx512(kind, w, n, out)
-#define TILE_ROWS 8
-#define TILE_VECS 2
+#define SUM(p) sum_avx512(p)
+#define FP8_UNIT FP8_AS_F16
+#define UNIT 64
+#define TABLE table_avx512
+#define TABLE_LOAD() {_mm512_setzero_si512()}
+#define DECODE(kind, table, w, out) decode_avx512(kind, &table, w, out)
+#define HAS_NAN(table) has_nan_avx512(table)
+#define SUM_ROWS 8
+#define SUM_VECS 2
 #define LONE_VECS 8
 #include "attend.h"
 
 #define NAME(x) x##_vbmi
 #define TARGET TARGET_VBMI
 #define V __m512
+#define WIDTH 16
 #define ZERO() _mm512_setzero_ps()
 #define SET(f) _mm512_set1_ps(f)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_vbmi(kind, w, n, out)
-#define TILE_ROWS 8
-#define TILE_VECS 2
+#define SUM(p) sum_avx512(p)
+#define FP8_UNIT 1.0f
+#define UNIT 64
+#define TABLE table_vbmi
+#define TABLE_LOAD() table_load_vbmi()
+#define DECODE(kind, table, w, out) decode_vbmi(kind, table, w, out)
+#define HAS_NAN(table) 0
+#define SUM_ROWS 8
+#define SUM_VECS 2
 #define LONE_VECS 8
 #include "attend.h"
 #endif
@@ -151,7 +176,7 @@ static int64_t count_spans(const rk_attention *of) { return count_chunks(of->cac
 /* How many tokens make a group. */
 static int64_t group_tokens(const rk_attention *of)
 {
-    const int64_t some = GROUP / (count_spans(of) ? count_spans(of) : 1), least = some ? some : 1;
+    const int64_t some = SOME_TOKENS / (count_spans(of) ? count_spans(of) : 1), least = some ? some : 1;
     return least < of->tokens ? least : of->tokens;
 }
 

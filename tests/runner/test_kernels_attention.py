@@ -232,6 +232,12 @@ def test_a_number_that_is_none_is_seen(compiled: Kernels) -> None:
     case.kv_b.weight.view(torch.uint8)[44 * 2 + 24 + 1, 5] = 0x7F  # the second value of the third head
     found = case.run(compiled)
     assert found.isnan().nonzero().tolist() == [[t, 2, 1] for t in range(3)]
+    for tokens, code in ((1, 0x7F), (1, 0xFF), (3, 0x7F), (9, 0xFF)):
+        case = Case(tokens, 20, SIZES[3])
+        case.kv_b.weight.view(torch.uint8)[200 + 5, 77] = code  # a key of the second head
+        found = case.run(compiled).isnan()
+        assert found[:, 1].all()
+        assert not found[:, 0::2].any()
     case = Case(3, 20)
     case.q[1, 4, 0] = math.nan
     assert case.run(compiled).isnan().any(-1).nonzero().tolist() == [[1, 4]]
