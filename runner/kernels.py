@@ -118,6 +118,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, variant: str) -> None:
         self.variant = variant
         self._library = library
+        # Of attention, kept: a few tens of megabytes at most, whose pages would be new to the system at each call.
+        self._room = torch.empty(0)
 
     def linear(self, x_TI: Tensor, matrix: "Matrix") -> Tensor:
         """Give [T, O] float32, the product of [T, I] float32 and a matrix whose dtype and scales were checked."""
@@ -206,8 +208,10 @@ class Kernels:
                 dtype is torch.bfloat16,
             )
         )  # fmt: skip
-        room = torch.empty(self._library.rk_attend_room(described))
-        self._library.rk_attend(described, room.data_ptr())
+        needed = self._library.rk_attend_room(described)
+        if self._room.numel() < needed:
+            self._room = torch.empty(needed)
+        self._library.rk_attend(described, self._room.data_ptr())
         return out_THV
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
