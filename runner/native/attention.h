@@ -245,6 +245,13 @@ static void run_turn(const void *context, int64_t chunk)
     const int64_t t = chunk / g->vecs, first = chunk % g->vecs * LANES, latent = of->kv_b.columns;
     const float *cos = of->cos + (g->begin + t) * (of->rotary / 2), *sin = of->sin + (g->begin + t) * (of->rotary / 2);
     float *to = g->turned + chunk * LANES * (latent + of->rotary);
+    /* A cache line of each head at a time: the heads lie a power of two apart, and few fit the L1 side by side. */
+    for (int64_t k = 0; k < latent; k += LANES)
+        for (int64_t l = 0; l < LANES && first + l < of->heads; l++) {
+            const float *q = g->q + ((first + l) * g->tokens + t) * latent;
+            for (int64_t i = k; i < latent && i < k + LANES; i++)
+                to[i * LANES + l] = q[i];
+        }
     for (int64_t l = 0; l < LANES; l++) {
         const int64_t head = first + l;
         if (head >= of->heads) {
@@ -252,9 +259,6 @@ static void run_turn(const void *context, int64_t chunk)
                 to[k * LANES + l] = 0.0f;
             continue;
         }
-        const float *q = g->q + (head * g->tokens + t) * latent;
-        for (int64_t k = 0; k < latent; k++)
-            to[k * LANES + l] = q[k];
         const float *q_pe = of->q + (((g->begin + t) * of->heads + head) * (of->nope + of->rotary) + of->nope);
         rotate(q_pe, cos, sin, of->rotary / 2, to + latent * LANES + l, LANES);
     }
