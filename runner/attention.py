@@ -61,8 +61,7 @@ class Attention:
         """
         config = self._config
         q_THQ = self._queries(x_TD)
-        c_TC, k_pe_TR = self._latents(x_TD)
-        c_SC, k_pe_SR = cache.write(self._layer, c_TC, rotate(k_pe_TR, rotation), behind)
+        c_SC, k_pe_SR = self._latents(x_TD, cache, rotation, behind)
         heads_THV = self._attend(q_THQ, rotation, c_SC, k_pe_SR)
         width = config.num_attention_heads * config.v_head_dim
         return self._linear(heads_THV.flatten(1), "o_proj", config.hidden_size, width)
@@ -76,12 +75,11 @@ class Attention:
     def _linear(self, x_TI: Tensor, name: str, rows: int, columns: int) -> Tensor:
         return linear(x_TI, self._matrix(name, rows, columns), dtype=self._dtype)
 
-    def _norm(self, x_TD: Tensor, name: str) -> Tensor:
-        weight = self._vectors.get(name)
-        if weight is None:
-            weight = self._parameters.vector(f"{self._prefix}.{name}.weight", x_TD.shape[1])
-            self._vectors[name] = weight
-        return rms_norm(x_TD, weight, LOW_RANK_EPS)
+    def _vector(self, name: str, size: int) -> Tensor:
+        vector = self._vectors.get(name)
+        if vector is None:
+            vector = self._vectors[name] = self._parameters.vector(f"{self._prefix}.{name}.weight", size)
+        return vector
 
     def _queries(self, x_TD: Tensor) -> Tensor:
         """Give [T, H, N+R] queries, before rotation."""
@@ -91,14 +89,23 @@ class Attention:
             q_TQ = self._linear(x_TD, "q_proj", width, config.hidden_size)
         else:
             low_TQ = self._linear(x_TD, "q_a_proj", rank, config.hidden_size)
-            q_TQ = self._linear(self._norm(low_TQ, "q_a_layernorm"), "q_b_proj", width, rank)
+            normed_TQ = rms_norm(low_TQ, self._vector("q_a_layernorm", rank), LOW_RANK_EPS)
+            q_TQ = self._linear(normed_TQ, "q_b_proj", width, rank)
         return q_TQ.view(-1, config.num_attention_heads, config.qk_head_dim)
 
-    def _latents(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the normalised latents [T, C] and the shared rotary key [T, R]: no norm, not yet rotated."""
+    def _latents(
+        self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, behind: int
+    ) -> tuple[Tensor, Tensor]:
+        """Give the cache with the new tokens in it: normed latents [S, C], and the rotated keys [S, R] without norm."""
         rank, rotary = self._config.kv_lora_rank, self._config.qk_rope_head_dim
-        both = self._linear(x_TD, "kv_a_proj_with_mqa", rank + rotary, self._config.hidden_size)
-        return self._norm(both[:, :rank], "kv_a_layernorm"), both[:, rank:]
+        both_TX = self._linear(x_TD, "kv_a_proj_with_mqa", rank + rotary, self._config.hidden_size)
+        weight_C = self._vector("kv_a_layernorm", rank)
+        if (compiled := kernels.active()) is None:
+            c_TC = rms_norm(both_TX[:, :rank], weight_C, LOW_RANK_EPS)
+            return cache.write(self._layer, c_TC, rotate(both_TX[:, rank:], rotation), behind)
+        c_SC, k_pe_SR = cache.make_room(self._layer, x_TD.shape[0], behind)
+        compiled.latents(both_TX, weight_C, LOW_RANK_EPS, (rotation.cos, rotation.sin), c_SC, k_pe_SR)
+        return c_SC, k_pe_SR
 
     def _attend(self, q_THQ: Tensor, rotation: Rotation, c_SC: Tensor, k_pe_SR: Tensor) -> Tensor:
         config, nope = self._config, self._config.qk_nope_head_dim

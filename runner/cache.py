@@ -48,30 +48,34 @@ class LatentCache:
                 "shorten it or give a larger --ctx"
             )
 
-    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
-        """Put T new positions of one layer behind those it holds; ``advance`` makes them count.
+    def make_room(self, layer: int, count: int, behind: int = 0) -> tuple[Tensor, Tensor]:
+        """Give one layer's positions, ``count`` new ones last and yet to be written; ``advance`` makes them count.
 
         Args:
             layer: Which one.
-            c_TC: Their latents.
-            k_pe_TR: Their rotary keys.
+            count: T, new positions.
             behind: New positions of this layer that were written before these in the same pass.
 
         Returns:
-            c [S, C] and k_pe [S, R], float32 views with the new positions last, S = length + behind + T.
+            c [S, C] and k_pe [S, R], contiguous float32 views, S = length + behind + T.
 
         Raises:
             ResourceError: They do not fit.
         """
-        count = c_TC.shape[0]
         self.check_room(behind + count)
         begin = self.length + behind
         end = begin + count
-        for rows, new in ((self._c, c_TC), (self._k_pe, k_pe_TR)):
+        for rows in (self._c, self._k_pe):
             if rows[layer].shape[0] < end:
                 rows[layer] = self._grown(rows[layer], begin, end)
-            rows[layer][begin:end] = new
         return self._c[layer][:end], self._k_pe[layer][:end]
+
+    def write(self, layer: int, c_TC: Tensor, k_pe_TR: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
+        """Put T new positions of one layer behind those it holds; see ``make_room``."""
+        c_SC, k_pe_SR = self.make_room(layer, c_TC.shape[0], behind)
+        c_SC[self.length + behind :] = c_TC
+        k_pe_SR[self.length + behind :] = k_pe_TR
+        return c_SC, k_pe_SR
 
     def advance(self, count: int) -> None:
         """Count the positions that every layer has written. A pass that failed midway never gets here."""

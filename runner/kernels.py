@@ -124,6 +124,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, variant: str) -> None:
         self.variant = variant
         self._library = library
+        # Kept: tens of megabytes, whose pages would be new to the system at each call.
         self._room = torch.empty(0)
 
     def linear(self, x_TI: Tensor, matrix: "Matrix") -> Tensor:
@@ -222,8 +223,10 @@ class Kernels:
                 dtype is torch.bfloat16,
             )
         )  # fmt: skip
-        room = torch.empty(self._library.rk_attend_room(described))
-        self._library.rk_attend(described, room.data_ptr())
+        needed = self._library.rk_attend_room(described)
+        if self._room.numel() < needed:
+            self._room = torch.empty(needed)
+        self._library.rk_attend(described, self._room.data_ptr())
         return out_THV
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -236,6 +239,33 @@ class Kernels:
         out_TD = x_TD.new_empty(rows, size)
         self._library.rk_norm(x_TD.data_ptr(), rows, x_TD.stride(0), weight_D.data_ptr(), size, eps, out_TD.data_ptr())
         return out_TD
+
+    def latents(
+        self,
+        x_TX: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        rotation: tuple[Tensor, Tensor],
+        c_SC: Tensor,
+        k_pe_SR: Tensor,
+    ) -> None:
+        """Write what the cache keeps of the last T of S positions: normed latents, and rotated keys.
+
+        Args:
+            x_TX: [T, C+R] float32, latents and keys as they are projected.
+            weight_C: [C] float32.
+            eps: As for `norm`.
+            rotation: cos and sin of the T positions, [T, R/2] float32.
+            c_SC: [S, C] float32, contiguous; its last T rows are written.
+            k_pe_SR: [S, R] float32, likewise.
+        """
+        self._prepare()
+        kept = [tensor.contiguous() for tensor in (x_TX, weight_C, *rotation)]
+        x, weight, cos, sin = (tensor.data_ptr() for tensor in kept)
+        tokens, (cached, latent), rotary = x_TX.shape[0], c_SC.shape, k_pe_SR.shape[1]
+        before = (cached - tokens) * c_SC.element_size()
+        c, k_pe = c_SC.data_ptr() + before * latent, k_pe_SR.data_ptr() + before * rotary
+        self._library.rk_latents(x, tokens, weight, latent, eps, cos, sin, rotary, c, k_pe)
 
     def route(
         self,
@@ -334,6 +364,10 @@ def library() -> ctypes.CDLL | None:
         found.rk_attend_room.restype = number
         found.rk_attend.argtypes = (ctypes.POINTER(_Attention), pointer)
         found.rk_attend.restype = None
+        found.rk_latents.argtypes = (
+            pointer, number, pointer, number, ctypes.c_float, pointer, pointer, number, pointer, pointer,
+        )  # fmt: skip
+        found.rk_latents.restype = None
         found.rk_route.argtypes = (ctypes.POINTER(_Routing),)
         found.rk_route.restype = None
         found.rk_norm.argtypes = (pointer, number, number, pointer, number, ctypes.c_float, pointer)

@@ -8,10 +8,10 @@
 
 #define BLOCK 64              /* positions whose scores are held at once */
 #define SPAN 1024             /* positions of one call: a long text is shared out even where there are few heads */
-#define GROUP 32              /* tokens, or spans of them, that are worked on at once: what the room is for */
+#define SOME_TOKENS 32           /* tokens, or spans of them, that are worked on at once: what the room is for */
 #define HEADS (2 * LANES)     /* heads of one call; each position is read once for all of them */
 #define DEEP 64               /* numbers of a score that are summed before they are added to the others */
-#define SLAB 16               /* rows of weights that are expanded at once */
+#define SLAB 32               /* rows of weights that are expanded at once */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16")
@@ -29,7 +29,8 @@ typedef struct {
 
 typedef struct {
     void (*transposed)(const rk_matrix *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t);
-    void (*span)(const rk_attention *, const float *, int64_t, int, int64_t, int64_t, float *, int64_t, float *, float *);
+    void (*span)(
+        const rk_attention *, const float *, int64_t, int, int64_t, int64_t, float *, int64_t, float *, float *);
     void (*norm)(const float *, const float *, int64_t, float, float *);
 } steps;
 
@@ -58,61 +59,85 @@ INLINE float exp_of(float x)
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
+#define WIDTH 4
 #define ZERO() set_c(0.0f)
 #define SET(f) set_c(f)
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
-#define FMA(a, b, c) fma_c(a, b, c)
-#define SUM(v) sum_c(v)
-#define DECODE(kind, w, n, out) decode_c(kind, w, n, out)
-#define TILE_ROWS 2
-#define TILE_VECS 1
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define SUM(p) sum_c(p)
+#define FP8_UNIT 1.0f
+#define UNIT LANES
+#define TABLE int
+#define TABLE_LOAD() 0
+#define DECODE(kind, table, w, out) decode_four_c(kind, w, out)
+#define HAS_NAN(table) table
+#define SUM_ROWS 2
+#define SUM_VECS 1
 #define LONE_VECS 2
 #include "attend.h"
 
 #ifdef X86
 #define NAME(x) x##_avx2
 #define TARGET TARGET_AVX2
-#define V lanes_avx2
-#define ZERO() set_avx2(0.0f)
-#define SET(f) set_avx2(f)
-#define LOAD(p) load_avx2(p)
-#define STORE(p, v) store_avx2(p, v)
-#define FMA(a, b, c) fma_avx2(a, b, c)
-#define SUM(v) sum_avx2(v)
-#define DECODE(kind, w, n, out) decode_avx2(kind, w, n, out)
-#define TILE_ROWS 6
-#define TILE_VECS 1
+#define V __m256
+#define WIDTH 8
+#define ZERO() _mm256_setzero_ps()
+#define SET(f) _mm256_set1_ps(f)
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define SUM(p) sum_avx2(p)
+#define FP8_UNIT FP8_AS_F16
+#define UNIT 32
+#define TABLE table_avx2
+#define TABLE_LOAD() {_mm256_setzero_si256()}
+#define DECODE(kind, table, w, out) decode_avx2(kind, &table, w, out)
+#define HAS_NAN(table) has_nan_avx2(table)
+#define SUM_ROWS 6
+#define SUM_VECS 1
 #define LONE_VECS 4
 #include "attend.h"
 
 #define NAME(x) x##_avx512
 #define TARGET TARGET_AVX512
 #define V __m512
+#define WIDTH 16
 #define ZERO() _mm512_setzero_ps()
 #define SET(f) _mm512_set1_ps(f)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_avx512(kind, w, n, out)
-#define TILE_ROWS 8
-#define TILE_VECS 2
+#define SUM(p) sum_avx512(p)
+#define FP8_UNIT FP8_AS_F16
+#define UNIT 64
+#define TABLE table_avx512
+#define TABLE_LOAD() {_mm512_setzero_si512()}
+#define DECODE(kind, table, w, out) decode_avx512(kind, &table, w, out)
+#define HAS_NAN(table) has_nan_avx512(table)
+#define SUM_ROWS 8
+#define SUM_VECS 2
 #define LONE_VECS 8
 #include "attend.h"
 
 #define NAME(x) x##_vbmi
 #define TARGET TARGET_VBMI
 #define V __m512
+#define WIDTH 16
 #define ZERO() _mm512_setzero_ps()
 #define SET(f) _mm512_set1_ps(f)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(v) sum_avx512(v)
-#define DECODE(kind, w, n, out) decode_vbmi(kind, w, n, out)
-#define TILE_ROWS 8
-#define TILE_VECS 2
+#define SUM(p) sum_avx512(p)
+#define FP8_UNIT 1.0f
+#define UNIT 64
+#define TABLE table_vbmi
+#define TABLE_LOAD() table_load_vbmi()
+#define DECODE(kind, table, w, out) decode_vbmi(kind, table, w, out)
+#define HAS_NAN(table) 0
+#define SUM_ROWS 8
+#define SUM_VECS 2
 #define LONE_VECS 8
 #include "attend.h"
 #endif
@@ -151,7 +176,7 @@ static int64_t count_spans(const rk_attention *of) { return count_chunks(of->cac
 /* How many tokens make a group. */
 static int64_t group_tokens(const rk_attention *of)
 {
-    const int64_t some = GROUP / (count_spans(of) ? count_spans(of) : 1), least = some ? some : 1;
+    const int64_t some = SOME_TOKENS / (count_spans(of) ? count_spans(of) : 1), least = some ? some : 1;
     return least < of->tokens ? least : of->tokens;
 }
 
@@ -202,6 +227,16 @@ static void run_keys(const void *context, int64_t head)
                         g->q + head * g->tokens * latent, latent);
 }
 
+/* Turn interleaved pairs by their angles; the numbers of `to` lie `step` apart. */
+static inline void rotate(const float *from, const float *cos, const float *sin, int64_t pairs, float *to, int64_t step)
+{
+    for (int64_t i = 0; i < pairs; i++) {
+        const float even = from[2 * i], odd = from[2 * i + 1];
+        to[2 * i * step] = even * cos[i] - odd * sin[i];
+        to[(2 * i + 1) * step] = even * sin[i] + odd * cos[i];
+    }
+}
+
 /* One token's queries of 16 heads side by side, the rotated part behind. Heads that are none have zeros. */
 static void run_turn(const void *context, int64_t chunk)
 {
@@ -210,6 +245,13 @@ static void run_turn(const void *context, int64_t chunk)
     const int64_t t = chunk / g->vecs, first = chunk % g->vecs * LANES, latent = of->kv_b.columns;
     const float *cos = of->cos + (g->begin + t) * (of->rotary / 2), *sin = of->sin + (g->begin + t) * (of->rotary / 2);
     float *to = g->turned + chunk * LANES * (latent + of->rotary);
+    /* A cache line of each head at a time: the heads lie a power of two apart, and few fit the L1 side by side. */
+    for (int64_t k = 0; k < latent; k += LANES)
+        for (int64_t l = 0; l < LANES && first + l < of->heads; l++) {
+            const float *q = g->q + ((first + l) * g->tokens + t) * latent;
+            for (int64_t i = k; i < latent && i < k + LANES; i++)
+                to[i * LANES + l] = q[i];
+        }
     for (int64_t l = 0; l < LANES; l++) {
         const int64_t head = first + l;
         if (head >= of->heads) {
@@ -217,15 +259,8 @@ static void run_turn(const void *context, int64_t chunk)
                 to[k * LANES + l] = 0.0f;
             continue;
         }
-        const float *q = g->q + (head * g->tokens + t) * latent;
-        for (int64_t k = 0; k < latent; k++)
-            to[k * LANES + l] = q[k];
         const float *q_pe = of->q + (((g->begin + t) * of->heads + head) * (of->nope + of->rotary) + of->nope);
-        for (int64_t i = 0; i < of->rotary / 2; i++) {
-            const float even = q_pe[2 * i], odd = q_pe[2 * i + 1];
-            to[(latent + 2 * i) * LANES + l] = even * cos[i] - odd * sin[i];
-            to[(latent + 2 * i + 1) * LANES + l] = even * sin[i] + odd * cos[i];
-        }
+        rotate(q_pe, cos, sin, of->rotary / 2, to + latent * LANES + l, LANES);
     }
 }
 
@@ -301,27 +336,45 @@ void rk_attend(const rk_attention *of, float *room)
     pthread_mutex_unlock(&pool.caller);
 }
 
-/* ---- the norm ---- */
+/* ---- norms, and what the cache keeps ---- */
 
 typedef struct {
     const steps *with;
     const float *x, *weight;
-    int64_t rows, stride, size;
+    int64_t stride, size;
     float eps;
     float *out;
+    const float *cos, *sin; /* NULL for a norm alone */
+    int64_t rotary;
+    float *k_pe;
 } norm_job;
 
 static void run_norm(const void *context, int64_t row)
 {
     const norm_job *job = context;
-    job->with->norm(job->x + row * job->stride, job->weight, job->size, job->eps, job->out + row * job->size);
+    const float *x = job->x + row * job->stride;
+    const int64_t pairs = job->rotary / 2;
+    job->with->norm(x, job->weight, job->size, job->eps, job->out + row * job->size);
+    if (job->k_pe != NULL)
+        rotate(x + job->size, job->cos + row * pairs, job->sin + row * pairs, pairs, job->k_pe + row * job->rotary, 1);
 }
 
 /* Each row over the root of its mean square, times the weight; rows of x lie `stride` numbers apart. */
 void rk_norm(const float *x, int64_t rows, int64_t stride, const float *weight, int64_t size, float eps, float *out)
 {
     pthread_mutex_lock(&pool.caller);
-    const norm_job job = {chosen_steps(), x, weight, rows, stride, size, eps, out};
+    const norm_job job = {chosen_steps(), x, weight, stride, size, eps, out, NULL, NULL, 0, NULL};
     run_chunks(run_norm, &job, rows, rows * size * (int64_t)sizeof *x);
+    pthread_mutex_unlock(&pool.caller);
+}
+
+/* What the cache keeps of [tokens, latent + rotary]: the norm of the latents, and the rotated rest. */
+void rk_latents(
+    const float *x, int64_t tokens, const float *weight, int64_t latent, float eps, const float *cos, const float *sin,
+    int64_t rotary, float *c, float *k_pe)
+{
+    pthread_mutex_lock(&pool.caller);
+    const norm_job job = {chosen_steps(), x, weight, latent + rotary, latent, eps, c, cos, sin, rotary, k_pe};
+    run_chunks(run_norm, &job, tokens, tokens * (latent + rotary) * (int64_t)sizeof *x);
     pthread_mutex_unlock(&pool.caller);
 }

@@ -14,10 +14,13 @@
 #include "numbers.h"
 #include "pool.h"
 
-#define PIECE 128  /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
 #define LANES 16
-#define TOKENS 32  /* rows of activations that share one expansion of the weights; their sums stay in the L1 cache */
-#define AHEAD 8192 /* bytes between asking memory for a weight and reading it */
+#define PIECE 128   /* columns that are summed before their scale is multiplied; DeepSeek's blocks are as wide */
+#define LINE 64     /* columns that a few tokens' product takes of each row in turn */
+#define SEGMENT 512 /* columns that are expanded at once for more tokens */
+#define GROUP 16    /* rows that are expanded together for them */
+#define TILE_ROWS 4
+#define TOKENS 48   /* rows of activations that share one expansion; their sums with a group stay in the L2 cache */
 
 enum { FP8_E4M3, BF16, F16, F32 };
 
@@ -49,7 +52,8 @@ static inline float scale_of(const uint8_t *scales, int64_t block)
     return scale;
 }
 
-static inline void prefetch(const uint8_t *at, int64_t size)
+/* Always inlined: a function that does no more has no effect in gcc's eyes, and its calls are left out. */
+static inline __attribute__((always_inline)) void prefetch(const uint8_t *at, int64_t size)
 {
     for (int64_t i = 0; i < size; i += 64)
         __builtin_prefetch(at + i, 0, 3);
@@ -57,15 +61,9 @@ static inline void prefetch(const uint8_t *at, int64_t size)
 
 /* ---- portable ---- */
 
-typedef struct { float lane[LANES]; } lanes_c;
+typedef float lanes_c __attribute__((vector_size(16)));
 
-static inline lanes_c set_c(float f)
-{
-    lanes_c v;
-    for (int l = 0; l < LANES; l++)
-        v.lane[l] = f;
-    return v;
-}
+static inline lanes_c set_c(float f) { return (lanes_c){f, f, f, f}; }
 static inline lanes_c load_c(const float *from)
 {
     lanes_c v;
@@ -74,56 +72,68 @@ static inline lanes_c load_c(const float *from)
 }
 static inline lanes_c load_some_c(const float *from, int64_t count)
 {
-    lanes_c v = set_c(0.0f);
-    memcpy(&v, from, (size_t)count * sizeof *from);
-    return v;
+    float some[4] = {0};
+    for (int i = 0; i < 4 && i < count; i++)
+        some[i] = from[i];
+    return load_c(some);
 }
 static inline void store_c(float *to, lanes_c v) { memcpy(to, &v, sizeof v); }
-static inline lanes_c fma_c(lanes_c a, lanes_c b, lanes_c c)
+static inline float sum_c(const float *from)
 {
-    for (int l = 0; l < LANES; l++)
-        c.lane[l] += a.lane[l] * b.lane[l];
-    return c;
+    const lanes_c v = (load_c(from) + load_c(from + 8)) + (load_c(from + 4) + load_c(from + 12));
+    return (v[0] + v[2]) + (v[1] + v[3]);
 }
-static inline float sum_c(lanes_c v)
+static inline float decode_c(int kind, const uint8_t *w)
 {
-    for (int half_lanes = LANES / 2; half_lanes; half_lanes /= 2)
-        for (int l = 0; l < half_lanes; l++)
-            v.lane[l] += v.lane[l + half_lanes];
-    return v.lane[0];
-}
-static inline void decode_c(int kind, const uint8_t *w, int64_t count, float *out)
-{
+    float value;
     switch (kind) {
     case FP8_E4M3:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = E4M3[w[i]];
-        break;
+        return E4M3[*w];
     case BF16:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = bf16(w + 2 * i);
-        break;
+        return bf16(w);
     case F16:
-        for (int64_t i = 0; i < count; i++)
-            out[i] = f16(w + 2 * i);
-        break;
+        return f16(w);
     default:
-        memcpy(out, w, (size_t)count * 4);
+        memcpy(&value, w, sizeof value);
+        return value;
     }
-    for (int64_t i = count; i % LANES; i++)
-        out[i] = 0.0f;
+}
+static inline __attribute__((always_inline)) void decode_four_c(const int kind, const uint8_t *w, lanes_c *out)
+{
+    const int64_t bytes = element_bytes(kind);
+    for (int j = 0; j < 4; j++, w += 4 * bytes)
+        out[j] = (lanes_c){decode_c(kind, w), decode_c(kind, w + bytes), decode_c(kind, w + 2 * bytes),
+                           decode_c(kind, w + 3 * bytes)};
+}
+
+/* What is left over by those that take many at once. */
+static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, int64_t count, float fp8_unit, float *out)
+{
+    const float unit = kind == FP8_E4M3 ? fp8_unit : 1.0f;
+    for (int64_t i = 0; i < count; i++)
+        out[i] = decode_c(kind, w + i * element_bytes(kind)) * unit;
 }
 
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
+#define WIDTH 4
 #define ZERO() set_c(0.0f)
 #define SET(f) set_c(f)
 #define LOAD(p) load_c(p)
 #define STORE(p, v) store_c(p, v)
-#define FMA(a, b, c) fma_c(a, b, c)
-#define SUM(v) sum_c(v)
-#define DECODE(kind, w, n, out) decode_c(kind, w, n, out)
+#define LOAD_SOME(p, n) load_some_c(p, n)
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define SUM(p) sum_c(p)
+#define STREAMS 1
+#define STREAM_TOKENS 1
+#define TILE_TOKENS 2
+#define UNIT LANES
+#define TABLE int
+#define TABLE_LOAD() 0
+#define DECODE(kind, table, w, out) decode_four_c(kind, w, out)
+#define FP8_UNIT 1.0f
+#define HAS_NAN(table) table
 #include "panel.h"
 
 #ifdef X86

@@ -1,4 +1,4 @@
-/* The choice of experts, one token at a time: what runner/router.py says, in the same order for any number of tokens. */
+/* The choice of experts, each token for itself: what runner/router.py says. */
 
 typedef struct {
     const float *logits; /* [tokens, experts] */

@@ -1,15 +1,16 @@
 """The compiled products beside their floor, the memory's bandwidth, and beside torch's way.
 
-    python tests/benchmarks/bench_kernels.py [--gb 4.4] [--rounds 5]
+    python tests/benchmarks/bench_kernels.py [--gb 4.4] [--rounds 5] [--only SUBSTRING]
 
-DeepSeek-V3's two matrix shapes in FP8, and whole experts, over more memory than any cache holds, in huge pages. Every
-round measures the floor and then every way in turn, so that their ratios hold though the machine is shared. A table
-goes to stderr; the last line of stdout is one JSON document.
+DeepSeek-V3's two matrix shapes in FP8, whole experts, and matrices of bfloat16 and float32, over more memory than any
+cache holds, in huge pages as the runner's weights lie. The floor is measured before every way of every round, so that
+their ratios hold though the machine is shared. A table goes to stderr; the last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import mmap
 import statistics
 import sys
@@ -27,7 +28,8 @@ from runner.kernels import Kernels
 
 HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
 MATRIX_BYTES = HIDDEN * WIDTH
-ROWS = (1, 2, 4, 16)
+ROWS = (1, 2, 4, 8, 16)
+MANY_ROWS = (64, 512)
 
 
 def main() -> None:
@@ -35,32 +37,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4.4, help="weights that are passed over")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="ways whose name has this in it")
     options = parser.parse_args()
     library = kernels.library()
     if library is None:
         sys.exit("the kernels were not built: there was no compiler when the package was installed")
     memory = weights(options.gb)
-    count = memory.numel() // MATRIX_BYTES // 3
-    scale = torch.rand(WIDTH // BLOCK, HIDDEN // BLOCK) / 1000
-    up = [matrix(memory, number, WIDTH, HIDDEN, scale) for number in range(3 * count)]
-    down = [matrix(memory, number, HIDDEN, WIDTH, scale.T.contiguous()) for number in range(3 * count)]
-    ways: dict[str, tuple[float, Callable[[], float]]] = {}
-    for variant in kernels.supported():
-        some = count if variant != "portable" else max(1, count // 20)
-        compiled = Kernels(library, variant)
-        for rows in ROWS if variant != "portable" else (1,):
-            wide, narrow = torch.randn(rows, HIDDEN), torch.randn(rows, WIDTH)
-            add(ways, f"{variant} gate/up rows={rows}", up[: 3 * some], linear(compiled, wide))
-            add(ways, f"{variant} down rows={rows}", down[: 3 * some], linear(compiled, narrow))
-        add(ways, f"{variant} expert", experts(up, down, some), expert(compiled, torch.randn(1, HIDDEN)), 3)
-    add(ways, "torch gate/up rows=1", up[:4], lambda m: torch.randn(1, HIDDEN) @ dequantize(m).T)
     best = Kernels(library, kernels.supported()[-1])
-    floors, rates = [], {name: [] for name in ways}
+    ways = {name: way for name, way in every_way(memory).items() if options.only in name}
+    floors: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
-        floors.append(timed(lambda: best.read(memory), memory.numel()))
-        for name, (size, call) in ways.items():
-            rates[name].append(size / call())
-    report(floors, rates)
+        for name, way in ways.items():
+            floors[name].append(timed(lambda: best.read(memory), memory.numel()))
+            rates[name].append(timed(way.call, way.size))
+    report(ways, floors, rates)
+
+
+class Way:
+    """Something to take the time of.
+
+    Attributes:
+        size: Bytes of weights that it passes over.
+        one: Bytes of one matrix or expert.
+        flops: Multiplications and additions with each of them.
+    """
+
+    def __init__(self, items: list[Any], call: Callable[[Any], Any], *, one: int = MATRIX_BYTES, flops: int) -> None:
+        self.size, self.one, self.flops = one * len(items), one, flops
+        self._items, self._call = items, call
+
+    def call(self) -> None:
+        for item in self._items:
+            self._call(item)
+
+
+def every_way(memory: Tensor) -> dict[str, Way]:
+    """By name; the slow ones pass over less memory."""
+    library = kernels.library()
+    assert library is not None
+    count = memory.numel() // MATRIX_BYTES
+    scale = torch.rand(WIDTH // BLOCK, HIDDEN // BLOCK) / 1000
+    up = [matrix(memory, number, WIDTH, HIDDEN, scale) for number in range(count)]
+    down = [matrix(memory, number, HIDDEN, WIDTH, scale.T.contiguous()) for number in range(count)]
+    flops = 2 * MATRIX_BYTES
+    ways: dict[str, Way] = {}
+    for variant in kernels.supported():
+        compiled, fast = Kernels(library, variant), variant != "portable"
+        for rows in ROWS + MANY_ROWS if fast else ROWS[:1]:
+            some = max(2, count // max(rows // 2, 1 if fast else 20))
+            wide, narrow = torch.randn(rows, HIDDEN), torch.randn(rows, WIDTH)
+            ways[f"{variant} gate/up rows={rows}"] = Way(up[:some], linear(compiled, wide), flops=flops * rows)
+            ways[f"{variant} down rows={rows}"] = Way(down[:some], linear(compiled, narrow), flops=flops * rows)
+        some = max(1, count // (3 if fast else 60))
+        one = expert(compiled, torch.randn(1, HIDDEN))
+        ways[f"{variant} expert"] = Way(experts(up, down, some), one, one=3 * MATRIX_BYTES, flops=3 * flops)
+        for dtype in (torch.bfloat16, torch.float32) if fast else ():
+            size = dtype.itemsize
+            plain = [Matrix(weight=m.weight.view(dtype).view(-1, HIDDEN), scale=None) for m in up]
+            way = Way(plain, linear(compiled, torch.randn(1, HIDDEN)), flops=flops // size)
+            ways[f"{variant} {str(dtype)[6:]} rows=1"] = way
+    ways["torch gate/up rows=1"] = Way(up[:4], lambda m: torch.randn(1, HIDDEN) @ dequantize(m).T, flops=flops)
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.randn(WIDTH, HIDDEN).to(dtype)
+        for rows in MANY_ROWS:
+            call = functools.partial(torch.nn.functional.linear, torch.randn(rows, HIDDEN).to(dtype))
+            way = Way([weight] * 4, call, one=dtype.itemsize * MATRIX_BYTES, flops=flops * rows)
+            ways[f"torch {str(dtype)[6:]} rows={rows}"] = way
+    return ways
 
 
 def weights(gigabytes: float) -> Tensor:
@@ -98,24 +142,6 @@ def expert(compiled: Kernels, x: Tensor) -> Callable[[Mlp], Any]:
     return lambda one: compiled.experts([(one, None)], x, dtype=torch.float32)
 
 
-def add(
-    ways: dict[str, tuple[float, Callable[[], float]]],
-    name: str,
-    items: list[Any],
-    call: Callable[[Any], Any],
-    matrices: int = 1,
-) -> None:
-    """Note a way: the bytes it passes over, and how to take its time."""
-
-    def measure() -> float:
-        begin = time.perf_counter()
-        for item in items:
-            call(item)
-        return time.perf_counter() - begin
-
-    ways[name] = (len(items) * matrices * MATRIX_BYTES, measure)
-
-
 def timed(call: Callable[[], Any], size: int) -> float:
     """Bytes per second."""
     begin = time.perf_counter()
@@ -123,18 +149,18 @@ def timed(call: Callable[[], Any], size: int) -> float:
     return size / (time.perf_counter() - begin)
 
 
-def report(floors: list[float], rates: dict[str, list[float]]) -> None:
-    """The table and the JSON line: medians, shares round by round."""
-    floor = statistics.median(floors)
+def report(ways: dict[str, Way], floors: dict[str, list[float]], rates: dict[str, list[float]]) -> None:
+    """The table and the JSON line: medians; shares of the floor that was measured beside."""
+    floor = statistics.median(rate for found in floors.values() for rate in found)
     say(f"{'memory, read alone':32} {floor / 1e9:7.2f} GB/s, {torch.get_num_threads()} threads")
-    ways: dict[str, Any] = {}
-    for name, found in rates.items():
-        share = statistics.median(rate / floor for rate, floor in zip(found, floors, strict=True))
-        rate = statistics.median(found)
-        milliseconds = (3 if name.endswith("expert") else 1) * MATRIX_BYTES / rate * 1e3
-        say(f"{name:32} {rate / 1e9:7.2f} GB/s  {share:6.1%}  {milliseconds:8.3f} ms")
-        ways[name] = {"gbps": rate / 1e9, "share": share, "ms": milliseconds}
-    document = {"threads": torch.get_num_threads(), "memory_read_gbps": floor / 1e9, "ways": ways}
+    described: dict[str, Any] = {}
+    for name, way in ways.items():
+        share = statistics.median(rate / beside for rate, beside in zip(rates[name], floors[name], strict=True))
+        rate = statistics.median(rates[name])
+        milliseconds, gflops = way.one / rate * 1e3, way.flops * rate / way.one / 1e9
+        say(f"{name:32} {rate / 1e9:7.2f} GB/s  {share:6.1%}  {milliseconds:8.3f} ms  {gflops:7.1f} GFLOP/s")
+        described[name] = {"gbps": rate / 1e9, "share": share, "ms": milliseconds, "gflops": gflops}
+    document = {"threads": torch.get_num_threads(), "memory_read_gbps": floor / 1e9, "ways": described}
     finish("kernels", document)
 
 

@@ -56,6 +56,32 @@ def test_absorbed_equals_plain(
     torch.testing.assert_close(absorbed(inputs).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("block", [(128, 128), (30, 20), (44, 28)])
+def test_torch_expands_a_few_heads_at_a_time(
+    reference: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, heads: int, block: tuple[int, int]
+) -> None:
+    """Heads begin where they will in a block."""
+    rows, sizes = NOPE + VALUE, []
+    monkeypatch.setattr(runner.attention, "_EXPANDED_ELEMENTS", heads * rows * LATENT)
+    dequantize = runner.attention.dequantize
+    monkeypatch.setattr(
+        runner.attention, "dequantize", lambda matrix: (sizes.append(matrix.weight.shape[0]), dequantize(matrix))[1]
+    )
+    inputs = random_inputs(3, 9)
+    grid = -(-HEADS * rows // block[0]), -(-LATENT // block[1])
+    kv_b = Matrix(
+        weight=inputs["kv_b"].mul(100).to(torch.float8_e4m3fn), scale=0.005 + 0.01 * torch.rand(grid), block=block
+    )
+    inputs["kv_b"] = dequantize(kv_b)
+    query, latent = (inputs["q_nope"], inputs["q_pe"]), (inputs["c"], inputs["k_pe"])
+    found = attend_absorbed(*query, *latent, kv_b, scale=SCALE)
+    expected = reference.attention.attend_plain(**inputs, scale=SCALE)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert len(sizes) == -(-HEADS // heads)
+    assert max(sizes) < heads * rows + block[0]
+
+
 def test_bfloat16_mode_rounds_what_meets_a_weight() -> None:
     inputs = random_inputs(3, 12)
     exact, rounded = absorbed(inputs), absorbed(inputs, torch.bfloat16)
@@ -67,6 +93,7 @@ def test_bfloat16_mode_rounds_what_meets_a_weight() -> None:
     torch.testing.assert_close(absorbed(inputs, torch.bfloat16), absorbed(inputs), rtol=0, atol=0.02)
 
 
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("family", ["v3", "v2_lite"])
 @pytest.mark.parametrize("chunks", [[12], [5, 1, 6], [1] * 12])
 def test_a_layer_equals_the_reference_however_the_text_is_cut(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from runner.fp8 import Matrix, Mlp, dequantize
 from runner.kernels import Kernels, Part
 
 BLOCK = 128
+PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 WITH_FMA = tuple(variant for variant in kernels.supported() if variant != "portable")
 
 pytestmark = pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")
@@ -94,10 +96,10 @@ def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int) ->
 
 
 def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
-    for code in (0x7F, 0xFF):
+    for code, column in itertools.product((0x7F, 0xFF), (3, 130, 255, 299)):
         matrix = fp8(20, 300)
-        matrix.weight.view(torch.uint8)[7, 299] = code
-        for count in (1, 5):
+        matrix.weight.view(torch.uint8)[7, column] = code
+        for count in (1, 2, 3, 5, 7):
             y = compiled.linear(seeded(count, 300), matrix)
             assert y.isnan().nonzero()[:, 1].unique().tolist() == [7]
             assert (compiled.linear(torch.zeros(count, 300), matrix)[:, 7]).isnan().all()
@@ -105,17 +107,19 @@ def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
 
 SHAPES = [
     (1, 1), (1, 300), (300, 1), (16, 128), (129, 127), (127, 129), (5, 16), (5, 17), (3, 31), (7, 33), (64, 7168),
-    (700, 96), (2, 15),
+    (700, 96), (2, 15), (37, 1101),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float16", "float32", "narrow blocks"])
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float16", "float32", "narrow blocks", "wide blocks"])
 def test_the_product_is_the_one_of_exact_arithmetic(compiled: Kernels, rows: int, columns: int, kind: str) -> None:
     if kind == "fp8":
         matrix = fp8(rows, columns)
     elif kind == "narrow blocks":
         matrix = fp8(rows, columns, block=(3, 20))
+    elif kind == "wide blocks":
+        matrix = fp8(rows, columns, block=(50, 200))
     else:
         matrix = Matrix(weight=seeded(rows, columns).to(getattr(torch, kind)), scale=None)
     exact = dequantize(matrix).double()
@@ -129,10 +133,14 @@ def test_the_product_is_the_one_of_exact_arithmetic(compiled: Kernels, rows: int
 
 def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
     """So neither the tokens beside it nor the size of a chunk of the prompt changes what a token gets."""
-    for matrix in (fp8(200, 900), Matrix(weight=seeded(77, 300).bfloat16(), scale=None)):
-        x = seeded(70, matrix.weight.shape[1])
+    for matrix in (
+        fp8(203, 1100),
+        fp8(50, 700, block=(7, 200)),
+        *(Matrix(weight=seeded(77, 300).to(dtype), scale=None) for dtype in PLAIN),
+    ):
+        x = seeded(100, matrix.weight.shape[1])
         alone = torch.cat([compiled.linear(one, matrix) for one in x.split(1)])
-        for size in (2, 3, 4, 5, 7, 31, 32, 33, 70):
+        for size in (2, 3, 4, 5, 6, 7, 8, 11, 31, 47, 48, 49, 100):
             assert torch.equal(torch.cat([compiled.linear(some, matrix) for some in x.split(size)]), alone), size
 
 
@@ -148,8 +156,13 @@ def test_threads_change_no_bit(compiled: Kernels) -> None:
 
 @pytest.mark.skipif(len(WITH_FMA) < 2, reason="this processor has one instruction set with fused multiply-add")
 def test_instruction_sets_with_one_rounding_give_the_same_bits() -> None:
-    for matrix in (fp8(200, 900), fp8(50, 77, block=(3, 20)), Matrix(weight=seeded(77, 300).half(), scale=None)):
-        for count in (1, 6):
+    for matrix in (
+        fp8(203, 1100),
+        fp8(50, 77, block=(3, 20)),
+        fp8(50, 700, block=(7, 200)),
+        *(Matrix(weight=seeded(77, 300).to(dtype), scale=None) for dtype in PLAIN),
+    ):
+        for count in (1, 2, 3, 6, 50):
             x = seeded(count, matrix.weight.shape[1])
             first, *others = (kernels_of(variant).linear(x, matrix) for variant in WITH_FMA)
             assert all(torch.equal(first, other) for other in others)
@@ -202,9 +215,9 @@ def before_a_wall(tensor: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype, offset=size - len(raw), count=tensor.numel()).view(tensor.shape)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_nothing_behind_the_end_is_read(compiled: Kernels, count: int) -> None:
-    for matrix in (fp8(9, 137), fp8(16, 64), Matrix(weight=seeded(5, 45).bfloat16(), scale=None)):
+    for matrix in (fp8(9, 137), fp8(16, 64), fp8(17, 601), Matrix(weight=seeded(5, 45).bfloat16(), scale=None)):
         scale = None if matrix.scale is None else before_a_wall(matrix.scale)
         x = seeded(count, matrix.weight.shape[1])
         walled = Matrix(weight=before_a_wall(matrix.weight), scale=scale)

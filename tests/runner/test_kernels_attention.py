@@ -154,6 +154,20 @@ def test_instruction_sets_with_one_rounding_give_the_same_bits() -> None:
             assert all(torch.equal(first, other) for other in others)
 
 
+def test_weights_are_exponentials_to_the_last_digits(compiled: Kernels) -> None:
+    """Two positions, of which the second scores less by as much as the head's query is: its weight is a sigmoid."""
+    less = torch.cat((torch.linspace(0, 20, 3001), torch.linspace(20, 85, 1000)))
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(
+        len(less), 1
+    )  # a key of the first number, a value of the other
+    q = torch.stack((less, torch.zeros_like(less), torch.zeros_like(less)), -1).unsqueeze(0)
+    turn = (torch.ones(1, 1), torch.zeros(1, 1))
+    c, k_pe = torch.tensor([[0.0, 0.0], [-1.0, 1.0]]), torch.zeros(2, 2)
+    kv_b = Matrix(weight=weight, scale=None)
+    found = compiled.attend(q, turn, c, k_pe, kv_b, scale=1.0, dtype=torch.float32)[0, :, 0]
+    torch.testing.assert_close(found.double(), (-less.double()).sigmoid(), rtol=5e-7, atol=0)
+
+
 def test_later_positions_are_not_looked_at(compiled: Kernels) -> None:
     case = Case(6, 40)
     expected = case.run(compiled)
@@ -218,6 +232,12 @@ def test_a_number_that_is_none_is_seen(compiled: Kernels) -> None:
     case.kv_b.weight.view(torch.uint8)[44 * 2 + 24 + 1, 5] = 0x7F  # the second value of the third head
     found = case.run(compiled)
     assert found.isnan().nonzero().tolist() == [[t, 2, 1] for t in range(3)]
+    for tokens, code in ((1, 0x7F), (1, 0xFF), (3, 0x7F), (9, 0xFF)):
+        case = Case(tokens, 20, SIZES[3])
+        case.kv_b.weight.view(torch.uint8)[200 + 5, 77] = code  # a key of the second head
+        found = case.run(compiled).isnan()
+        assert found[:, 1].all()
+        assert not found[:, 0::2].any()
     case = Case(3, 20)
     case.q[1, 4, 0] = math.nan
     assert case.run(compiled).isnan().any(-1).nonzero().tolist() == [[1, 4]]
@@ -240,6 +260,19 @@ def test_norm(compiled: Kernels, size: int) -> None:
     torch.set_num_threads(3)
     many = x.repeat(1000, 1)
     assert torch.equal(compiled.norm(many, weight, 1e-6), found.repeat(1000, 1))
+
+
+def test_latents_are_the_norm_and_the_rotation(compiled: Kernels) -> None:
+    for latent, rotary in ((16, 4), (37, 2), (512, 64)):
+        x, weight = seeded(5, latent + rotary), 1 + seeded(latent)
+        rotation = Rotation(cos=seeded(5, rotary // 2), sin=seeded(5, rotary // 2, seed=1))
+        c, k_pe = torch.full((8, latent), 7.0), torch.full((8, rotary), 7.0)
+        turn = (rotation.cos, rotation.sin)
+        compiled.latents(x, weight, 1e-6, turn, c[:7], k_pe[:7])
+        assert torch.equal(c[2:7], compiled.norm(x[:, :latent], weight, 1e-6))
+        assert torch.equal(k_pe[2:7], rotate(x[:, latent:], rotation))
+        for rest in (c[:2], c[7:], k_pe[:2], k_pe[7:]):
+            assert (rest == 7).all()
 
 
 @pytest.mark.usefixtures("every_way")
