@@ -62,10 +62,11 @@ TARGET static __attribute__((noinline)) void NAME(expand)(int kind, const uint8_
         out[i] = 0.0f;
 }
 
-/* Add the products of TILE_ROWS rows of `size` expanded weights with `count` tokens to their sums. */
+/* Add the products of TILE_ROWS rows of `size` expanded weights with `count` tokens to their sums, and ask for memory
+   from `next` on on the way, `step` bytes for each LANES columns. */
 INLINE void NAME(tile)(
     const float weights[][SEGMENT], const float scale[][SEGMENT / PIECE], int64_t size, const float *x, int64_t columns,
-    const int count, float total[][TOKENS][LANES])
+    const int count, float total[][TOKENS][LANES], const uint8_t *next, int64_t step)
 {
     for (int64_t begin = 0; begin < size; begin += PIECE) {
         const int64_t end = begin + PIECE < size ? begin + PIECE : size, lanes = end & ~(int64_t)(LANES - 1);
@@ -78,8 +79,9 @@ INLINE void NAME(tile)(
                 for (int t = 0; t < count; t++)
                     part[r][t] = ZERO();
             int64_t i = begin + p * WIDTH;
-            for (; i < lanes; i += LANES) {
+            for (; i < lanes; i += LANES, next += step) {
                 V w[TILE_ROWS];
+                __builtin_prefetch(next, 0, 3);
 #pragma GCC unroll 8
                 for (int r = 0; r < TILE_ROWS; r++)
                     w[r] = LOAD(weights[r] + i);
@@ -147,14 +149,16 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
             }
         }
         for (int r = 0; r < count; r++) {
-            /* The next rows, in the order of memory. */
-            prefetch(w + (count * (columns + begin) + r * size) * bytes, size * bytes);
+            if (bytes > 1) /* as in streams; FP8 is asked for evenly, in the first tiles */
+                prefetch(w + (count * (columns + begin) + r * size) * bytes, size * bytes);
             NAME(expand)(a->kind, w + (r * columns + begin) * bytes, size, weights[r]);
         }
         for (int64_t t = 0, n = 1; n <= tiles; n++) {
             const int64_t some = tokens * n / tiles - t;
             const float *from = x + t * columns + begin;
+            const int64_t step = n == 1 && bytes == 1 ? TILE_ROWS * LANES / PARTS : 0;
             for (int r = 0; r < rows; r += TILE_ROWS) {
+                const uint8_t *next = w + (count * (columns + begin) + r * size) * bytes;
                 const float(*const w_r)[SEGMENT] = (const float(*)[SEGMENT])weights[r];
                 const float(*const scale_r)[SEGMENT / PIECE] = (const float(*)[SEGMENT / PIECE])scale[r];
                 float(*const sums)[TOKENS][LANES] = (float(*)[TOKENS][LANES])total[r][t];
@@ -162,7 +166,7 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
 #define CASE(n) \
     case n: \
         if (n <= TILE_TOKENS) \
-            NAME(tile)(w_r, scale_r, size, from, columns, n <= TILE_TOKENS ? n : 1, sums); \
+            NAME(tile)(w_r, scale_r, size, from, columns, n <= TILE_TOKENS ? n : 1, sums, next, step); \
         break;
                     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE

@@ -3,7 +3,8 @@
 #include <immintrin.h>
 
 /* e4m3 to float16: the sign stays, seven bits move up by seven. That is the value / 256, subnormals included; of the two
-   NaN codes it makes 480, so they are looked for: the largest of the seven bits is kept. */
+   NaN codes it makes 480, so they are looked for: the largest of the seven bits is kept. Sums of these are multiplied by
+   256 with their scale; products under 2^-118 are zeros here, not with the tables below. */
 #define FP8_AS_F16 (1 / 256.0f)
 
 /* ---- AVX2 ---- */
@@ -84,14 +85,6 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 
-TARGET_AVX512 static inline float sum_avx512(const float *from)
-{
-    const __m256 v = _mm256_add_ps(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-
 /* All but FP8. */
 TARGET_AVX512 static inline __attribute__((always_inline)) void decode_plain_avx512(
     const int kind, const uint8_t *w, __m512 *out)
@@ -141,7 +134,7 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(p) sum_avx512(p)
+#define SUM(p) sum_avx2(p)
 #define STREAMS 4
 #define STREAM_TOKENS 3
 #define TILE_TOKENS 6
@@ -211,7 +204,7 @@ static void make_tables(void)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define LOAD_SOME(p, n) _mm512_maskz_loadu_ps((__mmask16)((1u << ((n) < 16 ? (n) : 16)) - 1), p)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(p) sum_avx512(p)
+#define SUM(p) sum_avx2(p)
 #define STREAMS 4
 #define STREAM_TOKENS 3
 #define TILE_TOKENS 6

@@ -45,6 +45,8 @@ def main() -> None:
     memory = weights(options.gb)
     best = Kernels(library, kernels.supported()[-1])
     ways = {name: way for name, way in every_way(memory).items() if options.only in name}
+    if not ways:
+        sys.exit(f"no way has {options.only!r} in its name")
     floors: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
