@@ -93,9 +93,7 @@ class Attention:
             q_TQ = self._linear(normed_TQ, "q_b_proj", width, rank)
         return q_TQ.view(-1, config.num_attention_heads, config.qk_head_dim)
 
-    def _latents(
-        self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, behind: int
-    ) -> tuple[Tensor, Tensor]:
+    def _latents(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, behind: int) -> tuple[Tensor, Tensor]:
         """Give the cache with the new tokens in it: normed latents [S, C], and the rotated keys [S, R] without norm."""
         rank, rotary = self._config.kv_lora_rank, self._config.qk_rope_head_dim
         both_TX = self._linear(x_TD, "kv_a_proj_with_mqa", rank + rotary, self._config.hidden_size)

@@ -108,7 +108,7 @@ INLINE float exp_of(float x)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(p) sum_avx512(p)
+#define SUM(p) sum_avx2(p)
 #define FP8_UNIT FP8_AS_F16
 #define UNIT 64
 #define TABLE table_avx512
@@ -129,7 +129,7 @@ INLINE float exp_of(float x)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SUM(p) sum_avx512(p)
+#define SUM(p) sum_avx2(p)
 #define FP8_UNIT 1.0f
 #define UNIT 64
 #define TABLE table_vbmi
