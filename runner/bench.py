@@ -129,6 +129,7 @@ def run(
     tokens: int,
     ids: Sequence[int] | None,
     open_model: Callable[[], LoadedModel],
+    say: Callable[[str], None],
 ) -> Result:
     """Measure.
 
@@ -138,6 +139,7 @@ def run(
         tokens: Ids that follow it one by one.
         ids: All of them; chosen at random, but always the same, when None.
         open_model: Opens it.
+        say: Told what is measured now.
 
     Raises:
         ToolkitError: There are too few ids; or what the model raises.
@@ -151,6 +153,7 @@ def run(
     if len(ids) < prompt_tokens + tokens:
         raise ToolkitError(f"there are {len(ids)} ids, but {prompt_tokens} + {tokens} were asked for")
     experts = routed_experts(config)
+    say("the disk's rate")
     store.forget_cached(experts)
     disk = [floors.disk_read_gbps(loaded.contents, experts)]
     store.forget_cached(experts)
@@ -169,11 +172,14 @@ def run(
 
     size = loaded.budget.pass_tokens
     prompt = ids[:prompt_tokens]
+    say(f"the first token, behind {prompt_tokens} of the prompt")
     first = phase([prompt[at : at + size] for at in range(0, prompt_tokens, size)])
     forced = [[one] for one in ids[prompt_tokens : prompt_tokens + tokens]]
     length = cache.length
     memory = [floors.memory_read_gbps(store.dense_tensors())]
+    say(f"{tokens} tokens, to warm up")
     warm_up = phase(forced)
+    say("the same again")
     cache.truncate(length)
     decode = phase(forced)
     memory.append(floors.memory_read_gbps(store.dense_tensors()))

@@ -6,12 +6,13 @@ Arguments in, figures out. Torch is imported inside the command, so that `--help
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
 
-from manifests.console import json_option, printable
-from runner.cli_options import memory_options, model_option, set_threads, threads_option
+from manifests.console import json_option, printable, quiet_option
+from runner.cli_options import memory_options, model_option, note, set_threads, threads_option
 
 
 @click.command()
@@ -32,6 +33,7 @@ from runner.cli_options import memory_options, model_option, set_threads, thread
 @memory_options
 @threads_option
 @json_option
+@quiet_option
 def bench(
     model: str | None,
     ids_file: str | None,
@@ -42,6 +44,7 @@ def bench(
     pin: str | None,
     threads: int | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure a model: the first token from a cold start, then one token at a time, with token ids that are given.
 
@@ -58,12 +61,14 @@ def bench(
 
     ids = None if ids_file is None else read_ids(Path(ids_file))
     set_threads(threads)
+    begin = time.perf_counter()
     result = run(
         model,
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         ids=ids,
         open_model=lambda: LoadedModel(model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin),
+        say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )
     if not as_json:
         for line in result.lines():

@@ -66,7 +66,8 @@ class Contents:
 
     def group(self, group: str) -> Layout:
         """How a group lies in memory; empty for one that the checkpoint does not have."""
-        return lay_out(map(self.locate, self._names.get(group, ())))
+        names = self._expert_names(_expert_of(group)) if _EXPERTS in group else self._names.get(group, ())
+        return lay_out(map(self.locate, names))
 
     def expert(self, key: Key, alignment: int) -> Layout:
         """How a routed expert lies in memory.
@@ -108,5 +109,11 @@ class Contents:
     def _names(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for name in self._sizes:
-            names.setdefault(group_of(name), []).append(name)
+            if _EXPERTS not in name:  # nearly all are, and their names are known
+                names.setdefault(group_of(name), []).append(name)
         return names
+
+
+def _expert_of(group: str) -> Key:
+    layer, _, expert = group.removeprefix(_LAYERS).partition(_EXPERTS)
+    return int(layer), int(expert)

@@ -46,7 +46,7 @@ OPTIONS = {
     "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --pin --threads --json --quiet",
     "replay": "--experts-in-memory --ram --expert-bytes --json --quiet",
     "doctor": "--model --json",
-    "bench": "--model --ids --prompt-tokens --tokens --ram --io --pin --threads --json",
+    "bench": "--model --ids --prompt-tokens --tokens --ram --io --pin --threads --json --quiet",
 }
 
 

@@ -102,6 +102,13 @@ def test_the_next_groups_are_read_while_one_is_used(tiny_checkpoint: Path) -> No
     assert store.usage.resident_bytes == store.usage.read_bytes
 
 
+def test_a_routed_expert_can_be_asked_for_by_name(tiny_checkpoint: Path) -> None:
+    store, stored = open_store(tiny_checkpoint), load_files(tiny_checkpoint)
+    prefix = "model.layers.1.mlp.experts.3."
+    assert torch.equal(store.tensor(f"{prefix}up_proj.weight"), stored[f"{prefix}up_proj.weight"])
+    assert store.usage.read_bytes <= sum(stored[name].nbytes for name in stored if name.startswith(prefix)) + 8192
+
+
 def test_rows_are_read_alone(tiny_checkpoint: Path) -> None:
     store = open_store(tiny_checkpoint)
     whole = load_files(tiny_checkpoint)["model.embed_tokens.weight"]
