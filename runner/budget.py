@@ -104,45 +104,82 @@ def plan_budget(
     Raises:
         ResourceError: It is less than the least that this model needs.
     """
-    process += _OWN_BYTES
-    least = min(config.num_experts_per_tok, sizes.experts)
+    bound = _available(here, process) if ram is None else ram
+    least = _Least(config, sizes, process + _OWN_BYTES)
     limit = config.max_position_embeddings
-    position = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
-    bound = _bound(here, process) if ram is None else ram
-
-    def free_with(positions: int, tokens: int) -> int | None:
-        if bound is None:
-            return None
-        taken = process + sizes.dense + positions * position + work_bytes(config, tokens) + least * sizes.expert
-        return bound - taken
-
     positions = min(limit, _LEAST_POSITIONS) if ctx is None else ctx
     tokens = min(BLOCK_TOKENS, positions)
-    free = free_with(positions, tokens)
-    if free is not None and free < 0:
-        raise ResourceError(_refusal(config, sizes, bound, ram, positions, position, process, tokens, least))
+    if bound is None:
+        positions, tokens = limit if ctx is None else ctx, min(PASS_TOKENS, limit)
+        return least.budget(None, positions, tokens, sizes.experts)
+    free = bound - least.total(positions, tokens)
+    if free < 0:
+        given = "this machine has" if ram is None else "--ram is"
+        more = "free some memory" if ram is None else "give more"
+        raise ResourceError(
+            f"this model needs at least {least.describe(positions, tokens)}, but {given} {format_bytes(bound)}; "
+            f"{more}, or a smaller --ctx"
+        )
     if ctx is None:
-        positions = limit if free is None else min(limit, positions + free // 8 // position)
+        positions = min(limit, positions + free // 8 // least.position)
     # A long pass pays when experts come from the disk; an eighth of what is free is not missed by them.
     while tokens < min(PASS_TOKENS, positions):
-        more = min(2 * tokens, PASS_TOKENS, positions)
-        free = free_with(positions, more)
-        if free is not None and free < 7 * (work_bytes(config, more) - work_bytes(config, BLOCK_TOKENS)):
+        more_tokens = min(2 * tokens, PASS_TOKENS, positions)
+        extra = work_bytes(config, more_tokens) - work_bytes(config, BLOCK_TOKENS)
+        if bound - least.total(positions, more_tokens) < 7 * extra:
             break
-        tokens = more
-    free = free_with(positions, tokens)
-    slots = sizes.experts if free is None else min(sizes.experts, least + free // max(1, sizes.expert))
-    return Budget(
-        ram=bound,
-        process=process,
-        dense=sizes.dense,
-        cache=positions * position,
-        work=work_bytes(config, tokens),
-        expert=sizes.expert,
-        slots=max(1, slots),
-        ctx=positions,
-        pass_tokens=tokens,
-    )
+        tokens = more_tokens
+    spare = (bound - least.total(positions, tokens)) // max(1, sizes.expert)
+    return least.budget(bound, positions, tokens, min(sizes.experts, least.experts + spare))
+
+
+class _Least:
+    """What a model cannot do without.
+
+    Attributes:
+        experts: Slots that a token needs.
+        position: Bytes of one position of the cache.
+    """
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, process: int) -> None:
+        self.experts = min(config.num_experts_per_tok, sizes.experts)
+        self.position = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
+        self._config = config
+        self._sizes = sizes
+        self._process = process
+
+    def budget(self, ram: int | None, positions: int, tokens: int, slots: int) -> Budget:
+        """With so many positions, tokens of a pass, and experts."""
+        return Budget(
+            ram=ram,
+            process=self._process,
+            dense=self._sizes.dense,
+            cache=positions * self.position,
+            work=work_bytes(self._config, tokens),
+            expert=self._sizes.expert,
+            slots=max(1, slots),
+            ctx=positions,
+            pass_tokens=tokens,
+        )
+
+    def total(self, positions: int, tokens: int) -> int:
+        """Bytes with so many positions and tokens of a pass."""
+        return self.budget(None, positions, tokens, 0).fixed + self.experts * self._sizes.expert
+
+    def describe(self, positions: int, tokens: int) -> str:
+        """The same in words."""
+        budget = self.budget(None, positions, tokens, 0)
+        parts = {
+            "dense weights": budget.dense,
+            f"{self.experts} experts": self.experts * budget.expert,
+            f"a context of {positions} tokens": budget.cache,
+            "activations": budget.work,
+            "the process itself": budget.process,
+        }
+        total = self.total(positions, tokens)
+        digit = 10 ** max(0, len(str(total)) - 3)  # three are shown: rounded up, so that what is said is enough
+        what = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+        return f"{format_bytes(-(-total // digit) * digit)} of memory ({what})"
 
 
 def work_bytes(config: ModelConfig, tokens: int) -> int:
@@ -162,37 +199,8 @@ def work_bytes(config: ModelConfig, tokens: int) -> int:
     return FLOAT_BYTES * (5 * tokens * hidden + block * (heads * head + max(dense, routed))) + scores
 
 
-def _bound(here: machine.Machine, process: int) -> int | None:
+def _available(here: machine.Machine, process: int) -> int | None:
     if here.available_bytes is None:
         return None
     margin = min(_MARGIN_BYTES, (here.memory_bytes or here.available_bytes) // 10)
-    return process - _OWN_BYTES + max(0, here.available_bytes - margin)
-
-
-def _refusal(
-    config: ModelConfig,
-    sizes: Sizes,
-    bound: int | None,
-    ram: int | None,
-    positions: int,
-    position: int,
-    process: int,
-    tokens: int,
-    least: int,
-) -> str:
-    parts = {
-        "dense weights": sizes.dense,
-        f"{least} experts": least * sizes.expert,
-        f"a context of {positions} tokens": positions * position,
-        "activations": work_bytes(config, tokens),
-        "the process itself": process,
-    }
-    floor = sum(parts.values())
-    digit = 10 ** max(0, len(str(floor)) - 3)  # three are shown: rounded up, so that what is said is enough
-    what = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    given = "this machine has" if ram is None else "--ram is"
-    more = "free some memory" if ram is None else "give more"
-    return (
-        f"this model needs at least {format_bytes(-(-floor // digit) * digit)} of memory ({what}), but {given} "
-        f"{format_bytes(bound or 0)}; {more}, or a smaller --ctx"
-    )
+    return process + max(0, here.available_bytes - margin)
