@@ -149,6 +149,10 @@ class Guard:
             raise ResourceError("too many models are open with mapped weights; close some, or use --io direct")
         weakref.finalize(self, _unguard, found, number, region, self._broken)
 
+    def renew(self, part: int) -> None:
+        """Forget what was flagged: something else lies there now."""
+        self._broken[part] = 0
+
     def is_broken(self, part: int) -> bool:
         """Whether a page of this part could not be had."""
         return bool(self._broken[part])

@@ -104,6 +104,7 @@ class ExpertWindow:
         self._guard: Guard | None = None
         self._held: dict[Key, HeldExpert] = {}
         self._pinned = 0
+        self._last: dict[int, HeldExpert] = {}
         self._unused = list(range(slots - 1, -1, -1))
 
     @property
@@ -200,30 +201,28 @@ class ExpertWindow:
         if self._region is None:
             self._region = Region(self.slots * self._slot_bytes)
             self._guard = self._way.guard(self._region, self._slot_bytes)
-        previous = None
         if not self._unused:
-            previous = self._evict()
-        slot = self._unused.pop() if previous is None else previous.slot
+            self._evict()
+        slot = self._unused[-1]
         position = slot * self._slot_bytes
-        work = partial(_bring_in, self._way, layout, previous, self._region, position)
-        self._held[key] = HeldExpert(
-            key=key,
-            slot=slot,
-            layout=layout,
-            load=self._background.submit(work, urgency=_URGENCY),
-            tensors=self._region.tensors(layout, position),
-        )
+        tensors = self._region.tensors(layout, position)
+        # Whoever was there last, also one that never arrived: it may still be on its way.
+        previous = self._last.get(slot)
+        work = partial(_bring_in, self._way, layout, previous, self._region, position, self._guard, slot)
+        load = self._background.submit(work, urgency=_URGENCY)
+        held = HeldExpert(key=key, slot=slot, layout=layout, load=load, tensors=tensors)
+        self._held[key] = self._last[slot] = held
+        self._unused.pop()
         self._policy.admit(key)
         self.counters.misses += 1
         self.counters.read_bytes += layout.needed_bytes
 
-    def _evict(self) -> HeldExpert:
+    def _evict(self) -> None:
         victim = self._policy.victim()
         if victim is None:
             # An interrupted pass still holds its locks; nothing else asks for more than there is room for.
             raise ResourceError("every expert in memory is in use; give more --ram")
-        self._policy.forget(victim)
-        return self._held.pop(victim)
+        self._drop(self._held[victim])
 
     def _arrivals(self, keys: Sequence[Key]) -> Iterator[list[HeldExpert]]:
         missing = deque(self._held[key] for key in keys)
@@ -265,10 +264,19 @@ class ExpertWindow:
             self._unused.append(expert.slot)
 
 
-def _bring_in(way: Way, layout: Layout, previous: HeldExpert | None, region: Region, position: int) -> None:
+def _bring_in(
+    way: Way,
+    layout: Layout,
+    previous: HeldExpert | None,
+    region: Region,
+    position: int,
+    guard: Guard | None,
+    slot: int,
+) -> None:
     if previous is not None:
-        # It may still be on its way, when a run was interrupted; whether it came well does not matter any more.
-        with suppress(Exception):
+        with suppress(Exception):  # whether it came well does not matter any more
             previous.load.wait()
         way.unload(previous.layout, region, position)
+        if guard is not None:
+            guard.renew(slot)
     way.load(layout, region, position)

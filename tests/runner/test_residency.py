@@ -175,6 +175,23 @@ def test_pinned_experts_stay(folder: Folder, way: type[Direct] | type[Mapped]) -
     assert window.counters.hits == hits + 2
 
 
+def test_an_expert_that_cannot_be_used_takes_no_place(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = open_window(folder, way, 2)
+    tensors = Region.tensors
+    list(use(window, 0, [1, 2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Region, "tensors", lambda *_: (_ for _ in ()).throw(ToolkitError("no such dtype")))
+        for _ in range(5):
+            with pytest.raises(ToolkitError, match="no such dtype"):
+                list(use(window, 0, [3]))
+    assert Region.tensors is tensors
+    assert not window._policy._locked
+    for layer in (1, 0):
+        assert [sorted(one) for one in use(window, layer, [1, 2])] == [[1, 2]]
+
+
 def test_a_missing_file_is_named_and_the_window_goes_on(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
     window = open_window(folder, way, 4)
     folder.path((0, 2)).unlink()
@@ -224,6 +241,9 @@ def test_a_file_that_is_cut_while_its_expert_is_used(folder: Folder, way: type[D
         next(groups)
     assert (0, 2) not in window.held
     list(use(window, 0, [3]))
+    # The place where it lay is as good as any other, for others and for itself.
+    for expert in (*range(10, 30), 3):
+        list(use(window, 0, [expert]))
     with pytest.raises(IntegrityError, match=r"0-2: has 0 bytes"):
         list(use(window, 0, [2]))
 
@@ -298,9 +318,13 @@ def test_a_slot_is_not_read_into_while_its_last_reader_is_at_work(
     groups = window.groups(0, [0])
     assert next(next(groups)) == []
     groups.close()  # type: ignore[attr-defined]
+    abandoned = window._held[(0, 0)].load
     threading.Timer(0.3, go.set).start()
-    for expert in (1, 2, 1):
-        assert [sorted(one) for one in use(window, 0, [expert])] == [[expert]]
+    list(use(window, 0, [1]))
+    go.wait(60)
+    abandoned.wait()
+    list(use(window, 0, [1]))
+    assert window.counters.hits == 1
 
 
 def test_a_bus_error_elsewhere_still_ends_the_process(
