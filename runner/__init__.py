@@ -20,7 +20,7 @@ __all__ = ["load"]
 
 
 def load(
-    path: str | Path | None = None, *, ctx: int | None = None, ram: int | None = None, io: str = "mmap"
+    path: str | Path | None = None, *, ctx: int | None = None, ram: int | None = None, io: str | None = None
 ) -> LoadedModel:
     """Open a checkpoint for running. Weights are read when they are first used.
 
@@ -28,7 +28,7 @@ def load(
         path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
         ctx: The most positions that a text may have; when not given, what memory and model allow.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
-        io: ``mmap`` or ``direct``, how experts come into memory.
+        io: ``mmap`` or ``direct``, how experts come into memory; mapped where products are compiled when not given.
 
     Raises:
         SourceNotFoundError: There is no checkpoint.

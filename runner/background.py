@@ -5,9 +5,12 @@ The work is system calls, during which Python's lock is not held. This file must
 
 import heapq
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable
+
+from manifests.errors import ResourceError, ToolkitError
 
 THREADS = 2
 """One reads at the disk's speed; the second asks for the next part while the first one's is arriving."""
@@ -35,6 +38,7 @@ class Load:
             Whatever the work raised.
         """
         if not self.is_done:
+            self._queue.check_process()
             with self._queue.changed:
                 while not self.is_done:
                     self._queue.changed.wait()
@@ -60,6 +64,12 @@ class _Queue:
         self.waiting: list[tuple[int, int, Load]] = []
         self.numbers = itertools.count()
         self.is_ending = False
+        self.process = os.getpid()
+
+    def check_process(self) -> None:
+        """Threads do not live on in a forked child, so nothing would ever come there."""
+        if self.process != os.getpid():
+            raise ToolkitError("this model was opened in another process; open it again after a fork")
 
 
 class Background:
@@ -76,13 +86,22 @@ class Background:
         Args:
             work: Called once, in one of the threads.
             urgency: Higher ones go first; equal ones in the order of their coming.
+
+        Raises:
+            ResourceError: The system gives no thread.
+            ToolkitError: This is a forked child.
         """
-        if not self._threads:
-            for _ in range(THREADS):
-                # Daemons: a process that ends does not wait for the disk.
-                thread = threading.Thread(target=_serve, args=(self._queue,), name="weights", daemon=True)
+        self._queue.check_process()
+        while len(self._threads) < THREADS:
+            # Daemons: a process that ends does not wait for the disk.
+            thread = threading.Thread(target=_serve, args=(self._queue,), name="weights", daemon=True)
+            try:
                 thread.start()
-                self._threads.append(thread)
+            except RuntimeError as error:
+                if self._threads:
+                    break  # one is enough to go on
+                raise ResourceError("the system gives no thread to read weights; allow more (ulimit -u)") from error
+            self._threads.append(thread)
         load = Load(self._queue, work)
         with self._queue.changed:
             heapq.heappush(self._queue.waiting, (-urgency, next(self._queue.numbers), load))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from manifests.console import format_bytes, format_seconds
-from manifests.errors import ManifestError, ToolkitError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner import floors, kernels, machine
 from runner.cache import LatentCache
 from runner.loaded import LoadedModel, routed_experts
@@ -148,10 +148,7 @@ def run(
     loaded = open_model()
     open_s = time.perf_counter() - begin
     config, store = loaded.model.config, loaded.weights
-    if ids is None:
-        ids = random.Random(0).choices(range(config.vocab_size), k=prompt_tokens + tokens)
-    if len(ids) < prompt_tokens + tokens:
-        raise ToolkitError(f"there are {len(ids)} ids, but {prompt_tokens} + {tokens} were asked for")
+    ids = _check_ids(ids, prompt_tokens, tokens, config.vocab_size)
     experts = routed_experts(config)
     say("the disk's rate")
     store.forget_cached(experts)
@@ -225,17 +222,31 @@ def run(
     )
 
 
+def _check_ids(ids: Sequence[int] | None, prompt_tokens: int, tokens: int, vocab_size: int) -> Sequence[int]:
+    if ids is None:
+        return random.Random(0).choices(range(vocab_size), k=prompt_tokens + tokens)
+    if len(ids) < prompt_tokens + tokens:
+        raise ToolkitError(f"there are {len(ids)} ids, but {prompt_tokens} + {tokens} were asked for")
+    outside = [one for one in ids if one >= vocab_size]
+    if outside:
+        raise ToolkitError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
+    return ids
+
+
 def read_ids(path: Path) -> list[int]:
     """Ids from a JSON list.
 
     Raises:
         ManifestError: The file is not one.
+        SourceNotFoundError: There is none.
         ToolkitError: It cannot be read.
     """
     try:
         if path.stat().st_size > MAX_IDS_BYTES:
             raise ManifestError(f"{path}: larger than {format_bytes(MAX_IDS_BYTES)}; this is no list of token ids")
         found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{path}: no such file") from error
     except OSError as error:
         raise ToolkitError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -21,10 +21,13 @@ PASS_TOKENS = 4096
 """Most tokens that go through the layers together. A pass reads each expert once, so more of them read less."""
 
 _LEAST_POSITIONS = 1024
-_OWN_BYTES = 192 << 20
+_OWN_BYTES = 96 << 20
 """What the process grows by beside everything counted here: libraries' buffers, threads, the manifest."""
 
 _MARGIN_BYTES = 1 << 30
+
+_ATTENTION_BYTES = 64 << 20
+"""What attention works in beside a block's queries: its own bound (see attention.py), and that of attention.h."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,14 @@ class Budget:
 
 
 def plan_budget(
-    config: ModelConfig, sizes: Sizes, *, ram: int | None, ctx: int | None, here: machine.Machine, process: int
+    config: ModelConfig,
+    sizes: Sizes,
+    *,
+    ram: int | None,
+    ctx: int | None,
+    here: machine.Machine,
+    process: int,
+    is_compiled: bool,
 ) -> Budget:
     """Divide the memory.
 
@@ -100,12 +110,13 @@ def plan_budget(
         ctx: Positions wanted; as many as fit in an eighth of what is free, up to the model's limit, when None.
         here: The machine.
         process: Bytes that the process takes already.
+        is_compiled: Whether the compiled library is there.
 
     Raises:
         ResourceError: It is less than the least that this model needs.
     """
     bound = _available(here, process) if ram is None else ram
-    least = _Least(config, sizes, process + _OWN_BYTES)
+    least = _Least(config, sizes, process + _OWN_BYTES, is_compiled=is_compiled)
     limit = config.max_position_embeddings
     positions = min(limit, _LEAST_POSITIONS) if ctx is None else ctx
     tokens = min(BLOCK_TOKENS, positions)
@@ -125,7 +136,7 @@ def plan_budget(
     # A long pass pays when experts come from the disk; an eighth of what is free is not missed by them.
     while tokens < min(PASS_TOKENS, positions):
         more_tokens = min(2 * tokens, PASS_TOKENS, positions)
-        extra = work_bytes(config, more_tokens) - work_bytes(config, BLOCK_TOKENS)
+        extra = least.total(positions, more_tokens) - least.total(positions, min(BLOCK_TOKENS, positions))
         if bound - least.total(positions, more_tokens) < 7 * extra:
             break
         tokens = more_tokens
@@ -141,12 +152,13 @@ class _Least:
         position: Bytes of one position of the cache.
     """
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, process: int) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, process: int, *, is_compiled: bool) -> None:
         self.experts = min(config.num_experts_per_tok, sizes.experts)
         self.position = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
         self._config = config
         self._sizes = sizes
         self._process = process
+        self._is_compiled = is_compiled
 
     def budget(self, ram: int | None, positions: int, tokens: int, slots: int) -> Budget:
         """With so many positions, tokens of a pass, and experts."""
@@ -155,7 +167,7 @@ class _Least:
             process=self._process,
             dense=self._sizes.dense,
             cache=positions * self.position,
-            work=work_bytes(self._config, tokens),
+            work=work_bytes(self._config, tokens, positions, is_compiled=self._is_compiled),
             expert=self._sizes.expert,
             slots=max(1, slots),
             ctx=positions,
@@ -182,21 +194,30 @@ class _Least:
         return f"{format_bytes(-(-total // digit) * digit)} of memory ({what})"
 
 
-def work_bytes(config: ModelConfig, tokens: int) -> int:
-    """Most bytes of activations and buffers in a pass of so many tokens.
+def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled: bool) -> int:
+    """Most bytes of activations and buffers in a pass.
 
-    Of all tokens: the residual stream, its normed form, the sum of experts and what it is added to. Of a block of
-    them: queries, and what goes in and out of attention's absorbed products, per head; or the MLP's rows.
+    Of all its tokens: the residual stream, its normed form, the sum of experts and what is added to it. Of a block of
+    them, one after the other: queries and outputs of attention per head, or the rows of MLPs, where in the worst case
+    all tokens choose the same experts.
+
+    Args:
+        config: The model.
+        tokens: Of the pass.
+        positions: Of the text, these included.
+        is_compiled: Whether the compiled library is there; torch alone makes scores of a block whole.
     """
     block = min(tokens, BLOCK_TOKENS)
     hidden, heads = config.hidden_size, config.num_attention_heads
-    head = 2 * (config.qk_nope_head_dim + config.qk_rope_head_dim) + 2 * config.kv_lora_rank + config.v_head_dim
-    dense = 2 * config.intermediate_size + 2 * hidden
-    # In the worst case all tokens of a block choose the same experts.
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    attention = block * (heads * head + (config.q_lora_rank or 0) + hidden) * FLOAT_BYTES + _ATTENTION_BYTES
+    if not is_compiled:
+        latents = block * heads * 2 * config.kv_lora_rank * FLOAT_BYTES
+        attention += latents + 3 * max(_ATTENTION_BYTES, block * positions * FLOAT_BYTES) + _ATTENTION_BYTES
     shared = config.n_shared_experts * config.moe_intermediate_size
     routed = config.num_experts_per_tok * (2 * config.moe_intermediate_size + 2 * hidden) + 2 * shared + 2 * hidden
-    scores = 3 << 26
-    return FLOAT_BYTES * (5 * tokens * hidden + block * (heads * head + max(dense, routed))) + scores
+    mlp = block * max(2 * config.intermediate_size + 2 * hidden, routed) * FLOAT_BYTES
+    return 5 * tokens * hidden * FLOAT_BYTES + max(attention, mlp)
 
 
 def _available(here: machine.Machine, process: int) -> int | None:

@@ -80,7 +80,7 @@ def generate(
     stops: tuple[str, ...],
     ctx: int | None,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     as_json: bool,

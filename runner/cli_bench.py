@@ -40,7 +40,7 @@ def bench(
     prompt_tokens: int,
     tokens: int,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     as_json: bool,

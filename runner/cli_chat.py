@@ -59,7 +59,7 @@ def chat(
     max_tokens: int,
     ctx: int | None,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     quiet: bool,

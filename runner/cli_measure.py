@@ -5,10 +5,13 @@ Arguments in, numbers out. Torch is imported inside the commands, so that `--hel
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import struct
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +56,7 @@ def logits(
     out: str | None,
     dtype: str,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     as_json: bool,
@@ -83,10 +86,8 @@ def logits(
     if out is None:
         last_V = loaded.engine.last_logits(read)
     else:
-        logits_TV = loaded.logits(read)
-        _save({"ids": torch.tensor(read), "logits": logits_TV}, Path(out))
-        note(f"wrote {out}: ids [{len(read)}], logits {list(logits_TV.shape)}", quiet=quiet)
-        last_V = logits_TV[-1]
+        last_V = _save(read, loaded.engine.logit_blocks(read), loaded.model.config.vocab_size, Path(out))
+        note(f"wrote {out}: ids [{len(read)}], logits [{len(read)}, {len(last_V)}]", quiet=quiet)
     probability, best = last_V.double().softmax(0).topk(min(TOP, len(last_V)))
     top = [
         {"id": token, "token": _token_text(loaded, token), "logit": float(last_V[token]), "probability": share}
@@ -123,7 +124,7 @@ def eval_command(
     files: tuple[str, ...],
     ctx: int,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     as_json: bool,
@@ -198,26 +199,41 @@ def _token_text(loaded: LoadedModel, token: int) -> str | None:
         return None
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file whole or not at all.
+def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: Path) -> Tensor:
+    """Write a .safetensors file whole or not at all, as its logits come; give those of the last position.
 
     Raises:
         ResourceError: The disk is full.
         ToolkitError: It cannot be written for another reason.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from manifests.header import HeaderTensor, encode_header
 
     if path.is_dir():
         raise ToolkitError(f"{path}: is a folder; give the name of a file")
+    count = len(ids)
+    middle = 8 * count
+    end = middle + 4 * count * vocab_size
+    tensors = (
+        HeaderTensor(name="ids", dtype="I64", shape=(count,), begin=0, end=middle),
+        HeaderTensor(name="logits", dtype="F32", shape=(count, vocab_size), begin=middle, end=end),
+    )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    last_V: Tensor | None = None
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        with unfinished.open("wb") as file:
+            file.write(encode_header(tensors))
+            file.write(struct.pack(f"<{count}q", *ids))
+            for block in blocks:
+                kept = block.contiguous()
+                file.write((ctypes.c_ubyte * kept.nbytes).from_address(kept.data_ptr()))
+                last_V = block[-1]
         os.replace(unfinished, path)
-    except (SafetensorError, OSError) as error:
-        # The library tells the reason in its text alone.
-        if "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise ResourceError(f"{path}: no space left to write it; free some and run again") from error
-        raise ToolkitError(f"{path}: cannot be written: {error}") from error
+        raise ToolkitError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+    if last_V is None:
+        raise ToolkitError("there is nothing to read: no token was given")
+    return last_V

@@ -63,10 +63,8 @@ def memory_options(function: F) -> F:
         click.option(
             "--io",
             type=click.Choice(["mmap", "direct"]),
-            default="mmap",
-            show_default=True,
             help="How experts come into memory: mapped, so that the system keeps them for the next run too, or read "
-            "past its cache. `runner doctor` says which is faster here.",
+            "past its cache. `runner doctor` says which is faster here. Default: mmap where products are compiled.",
         ),
         click.option(
             "--ram",

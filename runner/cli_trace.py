@@ -46,7 +46,7 @@ def trace(
     out: str,
     ctx: int | None,
     ram: int | None,
-    io: str,
+    io: str | None,
     pin: str | None,
     threads: int | None,
     as_json: bool,

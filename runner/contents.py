@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from manifests.errors import ManifestError
+from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
@@ -48,6 +48,11 @@ class Contents:
         """Bytes of every file by its path in the checkpoint."""
         return {file.path: file.size for file in self._checkpoint.manifest.files}
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether these are the original files, where an expert has no file of its own."""
+        return self._checkpoint.manifest.layout != "resharded"
+
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
 
@@ -56,12 +61,15 @@ class Contents:
 
         Raises:
             ManifestError: The checkpoint has none of that name.
+            IncompleteError: It is a part of one, and that has none.
             SourceNotFoundError, UnsupportedModelError: See `Checkpoint.find`.
         """
         location = self._checkpoint.find(name)
         if location is None:
-            left_out = "" if self._checkpoint.manifest.selection.is_everything else ", only a part was resharded"
-            raise ManifestError(f"{self._checkpoint.root}: has no tensor {name}{left_out}")
+            missing = f"{self._checkpoint.root}: has no tensor {name}"
+            if not self._checkpoint.manifest.selection.is_everything:
+                raise IncompleteError(f"{missing}, only a part was resharded")
+            raise ManifestError(missing)
         return location
 
     def group(self, group: str) -> Layout:
@@ -86,7 +94,7 @@ class Contents:
     def slot_bytes(self, layers: Iterable[int], alignment: int) -> int:
         """Addresses that hold any routed expert of these layers, in a layout of this alignment."""
         # In original shards an expert may be in as many parts as it has tensors.
-        parts = 1 if self._checkpoint.manifest.layout == "resharded" else 2 * len(_PROJECTIONS)
+        parts = 2 * len(_PROJECTIONS) if self.is_in_place else 1
         return self.expert_bytes(layers) + parts * (alignment + max(alignment, PAGE_BYTES))
 
     def dense_bytes(self, groups: Sequence[str]) -> int:

@@ -256,12 +256,20 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig, here: machi
     """Measure this machine on the checkpoint's own files, and foretell."""
     from runner import floors, kernels
     from runner.contents import Contents, pass_order
-    from runner.loaded import measure, routed_experts
+    from runner.loaded import default_io, measure, routed_experts
     from runner.reading import Direct, Mapped
 
     contents = Contents(checkpoint)
-    sizes = measure(contents, config)
-    budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=machine.resident_bytes())
+    sizes = measure(contents, config, default_io())
+    budget = plan_budget(
+        config,
+        sizes,
+        ram=None,
+        ctx=None,
+        here=here,
+        process=machine.resident_bytes(),
+        is_compiled=kernels.library() is not None,
+    )
     experts = routed_experts(config)
     fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers))
     rates = Rates(
@@ -294,6 +302,13 @@ def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Non
         if not checkpoint.manifest.selection.is_everything:
             raise IncompleteError(f"{message}; this is a partial checkpoint, reshard without --layers and --experts")
         raise ManifestError(f"{message}; config.json belongs to another checkpoint, or the checkpoint is not whole")
+    from runner.memory import dtype_of
+
+    needed = set(needed_tensors(config))
+    for file in checkpoint.manifest.files:
+        for tensor in file.tensors:
+            if tensor.name in needed:
+                dtype_of(tensor.name, tensor.dtype)
     without_scales = checkpoint.missing_scales()
     if without_scales:
         raise ManifestError(f"{len(without_scales)} FP8 weights have no scales, first {without_scales[0]}")

@@ -89,15 +89,22 @@ class Engine:
             ResourceError: The text does not fit into the context.
             ToolkitError: There is no text, or an id is outside the vocabulary.
         """
-        timeline = self._checked(ids)
-        logits_TV = torch.empty(len(timeline), self._model.config.vocab_size)
+        return torch.cat(list(self.logit_blocks(ids)))
+
+    def logit_blocks(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Give the same a few positions at a time, [some, V] float32: of a long text they are more than fits.
+
+        Raises:
+            See `logits`.
+        """
+        return self._logit_blocks(self._checked(ids))
+
+    def _logit_blocks(self, timeline: list[int]) -> Iterator[Tensor]:
         self._rewind(0)
         for begin in range(0, len(timeline), self._pass_tokens):
             hidden = self._extend(timeline[begin : begin + self._pass_tokens])
-            for row in range(0, len(hidden), _HEAD_ROWS):
-                some = hidden[row : row + _HEAD_ROWS]
-                logits_TV[begin + row : begin + row + len(some)] = self._model.logits(some)
-        return logits_TV
+            for some in hidden.split(_HEAD_ROWS):
+                yield self._model.logits(some)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         timeline, vocab_size = list(ids), self._model.config.vocab_size

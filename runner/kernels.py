@@ -8,6 +8,8 @@ Shapes: T tokens, D hidden, I inputs, O outputs.
 
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ VARIANTS = ("portable", "avx2", "avx512", "avx512-vbmi")
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
-_started: dict[str, tuple[str, int]] = {}
+_room_lock = threading.Lock()
+"""Models in several threads take turns: what they work in, and the library's threads, are there once."""
+
+_started: dict[str, tuple[str, int, int]] = {}
 """Variant and threads that the library, of which there is one in a process, was started with."""
 
 
@@ -158,12 +163,11 @@ class Kernels:
         described = (_Expert * len(experts))(
             *(_describe_expert(*expert, y, kept) for expert, y in zip(experts, found, strict=True))
         )
-        room = self._library.rk_experts_room(described, len(experts))
-        if self._room.numel() < room:
-            self._room = torch.empty(room)
         rounds = dtype is torch.bfloat16
-        if self._library.rk_experts(described, len(experts), x_TD.data_ptr(), self._room.data_ptr(), rounds):
-            raise MemoryError
+        with _room_lock:
+            room = self._room_of(self._library.rk_experts_room(described, len(experts)))
+            if self._library.rk_experts(described, len(experts), x_TD.data_ptr(), room, rounds):
+                raise MemoryError
         return found
 
     def add(self, parts: Sequence[Part], out_TD: Tensor) -> None:
@@ -223,10 +227,8 @@ class Kernels:
                 dtype is torch.bfloat16,
             )
         )  # fmt: skip
-        needed = self._library.rk_attend_room(described)
-        if self._room.numel() < needed:
-            self._room = torch.empty(needed)
-        self._library.rk_attend(described, self._room.data_ptr())
+        with _room_lock:
+            self._library.rk_attend(described, self._room_of(self._library.rk_attend_room(described)))
         return out_THV
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -303,11 +305,19 @@ class Kernels:
         self._library.rk_route(ctypes.byref(described))
         return ids_TK, weights_TK
 
+    def _room_of(self, floats: int) -> int:
+        """Address of so many floats to work in; the caller holds the lock."""
+        if self._room.numel() < floats:
+            self._room = torch.empty(floats)
+        return self._room.data_ptr()
+
     def _prepare(self) -> None:
-        wanted = (self.variant, torch.get_num_threads())
+        # A forked child has none of the threads.
+        wanted = (self.variant, torch.get_num_threads(), os.getpid())
         if _started.get("with") != wanted:
-            self._library.rk_start(VARIANTS.index(self.variant), wanted[1])
-            _started["with"] = wanted
+            with _room_lock:
+                self._library.rk_start(VARIANTS.index(self.variant), wanted[1])
+                _started["with"] = wanted
 
 
 def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import manifests
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from runner import demo, machine, trace
+from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from runner import demo, kernels, machine, trace
 from runner.budget import Sizes, plan_budget
 from runner.config import ModelConfig
 from runner.contents import Contents, Key, pass_order
 from runner.engine import Engine
-from runner.layout import PAGE_BYTES
+from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
 from runner.model import Model
 from runner.sampling import SamplingParams
 from runner.telemetry import RunStats, Telemetry
@@ -31,7 +31,9 @@ MAX_TOKENS = 128
 """New tokens when nobody says how many."""
 
 
-DEFAULT_IO = "mmap"
+def default_io() -> str:
+    """How experts come in when nobody says: mapped, but that needs the compiled library."""
+    return "direct" if kernels.library() is None else "mmap"
 
 
 class Generation:
@@ -101,7 +103,7 @@ class LoadedModel:
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
-        io: How experts come into memory, a key of `weights.WAYS`.
+        io: How experts come into memory, a key of `weights.WAYS`; see `default_io`.
         pin: A routing trace; the experts that it used most are read now and stay in memory.
 
     Attributes:
@@ -125,7 +127,7 @@ class LoadedModel:
         ctx: int | None = None,
         dtype: torch.dtype = torch.float32,
         ram: int | None = None,
-        io: str = DEFAULT_IO,
+        io: str | None = None,
         pin: str | Path | None = None,
     ) -> None:
         checkpoint = open_checkpoint(path)
@@ -137,11 +139,17 @@ class LoadedModel:
             )
         config = ModelConfig.from_dict(checkpoint.config)
         self.root = checkpoint.root
-        self.io = io
+        self.io = io or default_io()
         self.contents = contents = Contents(checkpoint)
-        sizes = measure(contents, config)
+        sizes = measure(contents, config, self.io)
         self.budget = plan_budget(
-            config, sizes, ram=ram, ctx=ctx, here=machine.examine(), process=machine.resident_bytes()
+            config,
+            sizes,
+            ram=ram,
+            ctx=ctx,
+            here=machine.examine(),
+            process=machine.resident_bytes(),
+            is_compiled=kernels.library() is not None,
         )
         self.ctx = self.budget.ctx
         self.weights = WeightStore(
@@ -149,7 +157,7 @@ class LoadedModel:
             order=pass_order(config.num_hidden_layers),
             experts=routed_experts(config),
             slots=self.budget.slots,
-            io=io,
+            io=self.io,
         )
         if pin is not None:
             self.weights.pin(self._most_used(trace.load(Path(pin)), config))
@@ -158,17 +166,14 @@ class LoadedModel:
 
     def _most_used(self, usage: trace.Trace, config: ModelConfig) -> list[Key]:
         """The experts to pin: as many as leave a quarter of the window, and what a token needs, to the others."""
-        known = set(routed_experts(config))
-        counts = {
-            (layer, expert): count
-            for layer, experts in usage.usage.items()
-            for expert, count in experts.items()
-            if (layer, expert) in known
-        }
-        if not counts:
-            raise ManifestError(f"the trace is of another model: none of its experts is in {self.root}")
+        layers = tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
+        if (usage.layers, usage.experts) != (layers, config.n_routed_experts):
+            raise ManifestError(f"the trace is of another model than {self.root}: it has other layers or experts")
+        counts = {(layer, expert): n for layer, experts in usage.usage.items() for expert, n in experts.items()}
         slots = self.budget.slots
-        room = max(0, slots - max(config.num_experts_per_tok, slots // 4))
+        room = slots - max(config.num_experts_per_tok, slots // 4)
+        if room <= 0:
+            raise ResourceError(f"only {slots} experts fit into memory: there is no room to pin any; give more --ram")
         return sorted(sorted(counts, key=lambda key: (-counts[key], key))[:room])
 
     @cached_property
@@ -257,11 +262,12 @@ def routed_experts(config: ModelConfig) -> list[Key]:
     return [(layer, expert) for layer in layers for expert in range(config.n_routed_experts)]
 
 
-def measure(contents: Contents, config: ModelConfig) -> Sizes:
+def measure(contents: Contents, config: ModelConfig, io: str) -> Sizes:
     """Sizes of a checkpoint as they count against memory."""
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-    # A mapping takes addresses up to the next huge page, but memory for what is read alone.
     expert = contents.slot_bytes(layers, PAGE_BYTES)
+    if io == "mmap" and contents.is_in_place:
+        expert += 2 * HUGE_PAGE_BYTES  # of its neighbours in the file, at both ends
     return Sizes(
         dense=contents.dense_bytes(pass_order(config.num_hidden_layers)),
         expert=expert,

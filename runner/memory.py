@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ResourceError, UnsupportedModelError
-from runner.kernels import library
+from runner import kernels
 from runner.layout import HUGE_PAGE_BYTES, Layout
 
 DTYPES = {
@@ -140,7 +140,7 @@ class Guard:
     """
 
     def __init__(self, region: Region, part_bytes: int) -> None:
-        found = library()
+        found = kernels.library()
         if found is None:
             raise ResourceError("mapped weights cannot be guarded without the compiled library; use --io direct")
         self._broken = (ctypes.c_ubyte * -(-region.size // part_bytes))()

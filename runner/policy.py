@@ -15,7 +15,7 @@ score; Beckmann et al., LHD: improving cache hit rate by maximizing hit density,
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf, log2
 
@@ -131,6 +131,17 @@ class Policy:
                 del self._locked[key]
                 if self._entry.get(key) == 0:
                     self._push(key)
+
+    def unlock_all(self) -> None:
+        """Undo all locks."""
+        self.unlock([key for key, count in self._locked.items() for _ in range(count)])
+
+    def hold(self, keys: Collection[Key]) -> None:
+        """Note that these, and no others, are in memory."""
+        for key in [key for key in self._entry if key not in keys]:
+            self.forget(key)
+        for key in keys:
+            self.admit(key)
 
     def victim(self) -> Key | None:
         """Give the key in memory that is worth least, of equal ones that which was unused for longest.

@@ -64,18 +64,32 @@ class Files:
         except OSError as error:
             raise refusal(path, error.errno or 0) from error
         try:
-            found = os.fstat(descriptor)
-            if found.st_size != self._sizes[file]:
-                raise IntegrityError(
-                    f"{path}: has {found.st_size} bytes, expected {self._sizes[file]}; `reshard verify` tells more"
-                )
-            now = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            with self._lock:
-                if self._seen.setdefault(file, now) != now:
-                    raise IntegrityError(f"{path}: was replaced or written to while in use; start again")
+            self._check(path, file, os.fstat(descriptor))
             yield descriptor, is_direct
         finally:
             os.close(descriptor)
+
+    def check(self, run: Run) -> None:
+        """Look whether a file that was opened is still the same.
+
+        Raises:
+            IntegrityError: It was cut, replaced or written to.
+            SourceNotFoundError: It is gone.
+        """
+        try:
+            self._check(run.path, run.file, os.stat(run.path))
+        except OSError as error:
+            raise refusal(run.path, error.errno or 0) from error
+
+    def _check(self, path: Path, file: str, found: os.stat_result) -> None:
+        if found.st_size != self._sizes[file]:
+            raise IntegrityError(
+                f"{path}: has {found.st_size} bytes, expected {self._sizes[file]}; `reshard verify` tells more"
+            )
+        now = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        with self._lock:
+            if self._seen.setdefault(file, now) != now:
+                raise IntegrityError(f"{path}: was replaced or written to while in use; start again")
 
     def forget(self, layout: Layout) -> None:
         """Ask for the page cache to let the runs of a layout go; it keeps what is mapped."""
@@ -121,6 +135,14 @@ class Way(Protocol):
     def guard(self, region: Region, part_bytes: int) -> Guard | None:
         """What tells that a part's file was cut while in use; None where that cannot be noticed, nor do harm."""
 
+    def check(self, layout: Layout) -> None:
+        """Look whether what was brought in is still what the files hold, as far as it depends on them.
+
+        Raises:
+            IntegrityError: A file was cut, replaced or written to since.
+            SourceNotFoundError: It is gone.
+        """
+
     def load(self, layout: Layout, region: Region, position: int) -> None:
         """Bring all runs in; they are in memory when it returns.
 
@@ -142,6 +164,9 @@ class Direct:
 
     def guard(self, region: Region, part_bytes: int) -> None:
         """None: the bytes are copies."""
+
+    def check(self, layout: Layout) -> None:
+        """Nothing, for the same reason."""
 
     def load(self, layout: Layout, region: Region, position: int) -> None:
         """See `Way`."""
@@ -180,6 +205,11 @@ class Mapped:
     def guard(self, region: Region, part_bytes: int) -> Guard:
         """See `Way`."""
         return Guard(region, part_bytes)
+
+    def check(self, layout: Layout) -> None:
+        """A mapping shows what is written to its file, and zeros behind its end."""
+        for run in layout.runs:
+            self._files.check(run)
 
     def load(self, layout: Layout, region: Region, position: int) -> None:
         """See `Way`."""

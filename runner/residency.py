@@ -4,10 +4,10 @@ What is missing is asked for at once and arrives in the background; what must ma
 file knows files' layouts and addresses; it must not know mathematics.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from manifests.errors import IntegrityError, ResourceError
 from runner.background import Background, Load
 from runner.contents import Key
 from runner.layout import Layout
-from runner.memory import Guard, Region
+from runner.memory import Guard, Region, dtype_of
 from runner.policy import Policy
 from runner.reading import Way
 
@@ -104,7 +104,7 @@ class ExpertWindow:
         self._guard: Guard | None = None
         self._held: dict[Key, HeldExpert] = {}
         self._pinned = 0
-        self._last: dict[int, HeldExpert] = {}
+        self._slots = [_Slot() for _ in range(slots)]
         self._unused = list(range(slots - 1, -1, -1))
 
     @property
@@ -148,6 +148,7 @@ class ExpertWindow:
             ToolkitError: What `layout_of` raised, or the disk gave; see `reading.Way.load`.
             IntegrityError: A file was cut while its expert was in use.
         """
+        self._mend()
         slots = self.slots - self._pinned
         size = min(slots, GROUP_EXPERTS)
         if len(experts) > size:
@@ -193,6 +194,8 @@ class ExpertWindow:
 
     def _admit(self, key: Key) -> None:
         layout = self._layout_of(key)
+        for name, place in layout.places.items():
+            dtype_of(name, place.dtype)  # refused before its size is
         if layout.size > self._slot_bytes:
             raise IntegrityError(
                 f"expert {key[1]} of layer {key[0]} takes {layout.size} bytes, others {self._slot_bytes}; "
@@ -203,15 +206,13 @@ class ExpertWindow:
             self._guard = self._way.guard(self._region, self._slot_bytes)
         if not self._unused:
             self._evict()
-        slot = self._unused[-1]
-        position = slot * self._slot_bytes
+        number = self._unused[-1]
+        slot, position = self._slots[number], number * self._slot_bytes
         tensors = self._region.tensors(layout, position)
-        # Whoever was there last, also one that never arrived: it may still be on its way.
-        previous = self._last.get(slot)
-        work = partial(_bring_in, self._way, layout, previous, self._region, position, self._guard, slot)
+        slot.turn += 1
+        work = partial(_bring_in, slot, slot.turn, self._way, layout, self._region, position, self._guard, number)
         load = self._background.submit(work, urgency=_URGENCY)
-        held = HeldExpert(key=key, slot=slot, layout=layout, load=load, tensors=tensors)
-        self._held[key] = self._last[slot] = held
+        self._held[key] = HeldExpert(key=key, slot=number, layout=layout, load=load, tensors=tensors)
         self._unused.pop()
         self._policy.admit(key)
         self.counters.misses += 1
@@ -220,9 +221,17 @@ class ExpertWindow:
     def _evict(self) -> None:
         victim = self._policy.victim()
         if victim is None:
-            # An interrupted pass still holds its locks; nothing else asks for more than there is room for.
             raise ResourceError("every expert in memory is in use; give more --ram")
         self._drop(self._held[victim])
+
+    def _mend(self) -> None:
+        """What an interrupt left: it may come between any two steps here, and the next pass must not feel it."""
+        self._policy.unlock_all()
+        used = {expert.slot for expert in self._held.values()}
+        if len(used) + len(self._unused) != self.slots or not used.isdisjoint(self._unused):
+            self._unused = [number for number in range(self.slots) if number not in used]
+        if len(self._policy) != len(self._held):
+            self._policy.hold(self._held)
 
     def _arrivals(self, keys: Sequence[Key]) -> Iterator[list[HeldExpert]]:
         missing = deque(self._held[key] for key in keys)
@@ -252,10 +261,14 @@ class ExpertWindow:
     def _check(self, keys: Sequence[Key]) -> None:
         for key in keys:
             expert = self._held[key]
-            if self._guard is not None and self._guard.is_broken(expert.slot):
+            try:
+                if self._guard is not None and self._guard.is_broken(expert.slot):
+                    names = ", ".join(str(run.path) for run in expert.layout.runs)
+                    raise IntegrityError(f"{names}: was cut while in use; copy it back and start again")
+                self._way.check(expert.layout)
+            except Exception:
                 self._drop(expert)
-                names = ", ".join(str(run.path) for run in expert.layout.runs)
-                raise IntegrityError(f"{names}: was cut while in use; copy it back and start again")
+                raise
 
     def _drop(self, expert: HeldExpert) -> None:
         if self._held.get(expert.key) is expert:
@@ -264,19 +277,39 @@ class ExpertWindow:
             self._unused.append(expert.slot)
 
 
+class _Slot:
+    """A place for one expert.
+
+    Attributes:
+        turn: Counts those that were given the place; who is not the last any more stays away.
+        lock: Held by whoever brings one in.
+        layout: What lies there.
+    """
+
+    __slots__ = ("layout", "lock", "turn")
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.lock = threading.Lock()
+        self.layout: Layout | None = None
+
+
 def _bring_in(
+    slot: _Slot,
+    turn: int,
     way: Way,
     layout: Layout,
-    previous: HeldExpert | None,
     region: Region,
     position: int,
     guard: Guard | None,
-    slot: int,
+    number: int,
 ) -> None:
-    if previous is not None:
-        with suppress(Exception):  # whether it came well does not matter any more
-            previous.load.wait()
-        way.unload(previous.layout, region, position)
+    with slot.lock:
+        if slot.turn != turn:
+            return  # nobody waits for it: it was asked for by a pass that was interrupted
+        if slot.layout is not None:
+            way.unload(slot.layout, region, position)
         if guard is not None:
-            guard.renew(slot)
-    way.load(layout, region, position)
+            guard.renew(number)
+        slot.layout = layout  # also when only a part of it comes in
+        way.load(layout, region, position)

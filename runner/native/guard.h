@@ -20,7 +20,8 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     (void)context;
     const uintptr_t at = (uintptr_t)info->si_addr;
-    for (int i = 0; i < MAX_GUARDS; i++) {
+    const int is_fault = info->si_code > 0; /* and was not sent by a process */
+    for (int i = 0; i < MAX_GUARDS && is_fault; i++) {
         const uintptr_t begin = atomic_load(&guards[i].begin);
         if (begin == 0 || at < begin || at - begin >= guards[i].size)
             continue;
@@ -34,21 +35,23 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
     }
     /* Not ours: as before, at the next try of the same instruction. */
     sigaction(number, &bus_before, NULL);
+    if (!is_fault)
+        raise(number);
 }
 
 /* Watch a region in parts; returns its number, or -1 when there are too many. */
 int rk_guard(const void *begin, int64_t size, int64_t part, uint8_t *broken)
 {
-    static int is_installed;
     int found = -1;
     pthread_mutex_lock(&pool.caller);
-    if (!is_installed) {
-        struct sigaction action = {0};
-        action.sa_sigaction = on_bus_error;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        sigemptyset(&action.sa_mask);
-        is_installed = sigaction(SIGBUS, &action, &bus_before) == 0;
-    }
+    /* Again for every region: somebody else may have taken the signal since. */
+    struct sigaction action = {0}, before;
+    action.sa_sigaction = on_bus_error;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigemptyset(&action.sa_mask);
+    const int is_installed = sigaction(SIGBUS, &action, &before) == 0;
+    if (is_installed && before.sa_sigaction != on_bus_error)
+        bus_before = before;
     for (int i = 0; i < MAX_GUARDS && is_installed && found < 0; i++)
         if (atomic_load(&guards[i].begin) == 0) {
             guards[i].size = (size_t)size;

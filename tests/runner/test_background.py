@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from manifests.errors import ResourceError, ToolkitError
 from runner.background import THREADS, Background
 
 
@@ -73,6 +74,29 @@ def test_threads_end_with_it_and_take_what_they_held() -> None:
     for thread in ours:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_a_forked_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads are gone, so it would wait for ever."""
+    background = Background()
+    background.submit(lambda: None).wait()
+    go = block(background)
+    waiting = background.submit(lambda: None)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(ToolkitError, match="open it again after a fork"):
+        background.submit(lambda: None)
+    with pytest.raises(ToolkitError, match="open it again after a fork"):
+        waiting.wait()
+    go.set()
+
+
+def test_a_system_that_gives_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ResourceError, match="gives no thread to read weights"):
+        Background().submit(lambda: None)
 
 
 def test_work_that_nobody_waits_for_is_dropped_with_it() -> None:

@@ -58,7 +58,7 @@ PROCESS = 250_000_000
 
 
 def plan(ram: int | None, ctx: int | None = None, *, here: Machine = HERE, sizes: Sizes = SIZES) -> Budget:
-    return plan_budget(CONFIG, sizes, ram=ram, ctx=ctx, here=here, process=PROCESS)
+    return plan_budget(CONFIG, sizes, ram=ram, ctx=ctx, here=here, process=PROCESS, is_compiled=True)
 
 
 def taken(budget: Budget) -> int:
@@ -81,7 +81,7 @@ def test_nothing_goes_over_it(ram: int, ctx: int | None) -> None:
     assert CONFIG.num_experts_per_tok <= budget.slots <= SIZES.experts
     assert budget.ctx == ctx if ctx is not None else 1024 <= budget.ctx <= CONFIG.max_position_embeddings
     assert min(BLOCK_TOKENS, budget.ctx) <= budget.pass_tokens <= min(PASS_TOKENS, budget.ctx)
-    assert budget.work == work_bytes(CONFIG, budget.pass_tokens)
+    assert budget.work == work_bytes(CONFIG, budget.pass_tokens, budget.ctx, is_compiled=True)
     # What is left over is less than one more expert, unless all are there.
     assert budget.slots == SIZES.experts or ram - taken(budget) < budget.expert
 
@@ -107,7 +107,7 @@ def test_a_longer_text_costs_experts_and_is_refused_when_it_does_not_fit() -> No
 
 
 def test_more_memory_makes_longer_passes_and_contexts() -> None:
-    small, large = plan(19_400_000_000), plan(200_000_000_000)
+    small, large = plan(18_600_000_000), plan(200_000_000_000)
     assert (small.pass_tokens, large.pass_tokens) == (BLOCK_TOKENS, PASS_TOKENS)
     assert small.ctx < large.ctx
     assert small.slots < large.slots

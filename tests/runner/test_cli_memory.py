@@ -115,6 +115,24 @@ def test_bench_with_given_ids(call: Call, document: Document, tmp_path: Path) ->
     assert (few.exit_code, few.stderr) == (1, "runner: there are 10 ids, but 8 + 4 were asked for\n")
 
 
+def test_bench_without_its_file_or_with_foreign_ids(call: Call, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.json"
+    assert call("bench", "--ids", ids).exit_code == 10
+    ids.write_text(json.dumps([4096] * 60), encoding="utf-8")
+    result = call("bench", "--ids", ids)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("runner: token id 4096 is outside the vocabulary of 4096")
+
+
+def test_without_the_compiled_library_experts_are_read(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "active", lambda: None)
+    assert call("generate", "-p", "import ", "-n", "2").exit_code == 0
+    refused = call("generate", "-p", "import ", "-n", "2", "--io", "mmap")
+    assert (refused.exit_code, refused.stdout) == (15, "")
+    assert refused.stderr.endswith("use --io direct\n")
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1, -1]", "[true]", "[1.0]", "[" * 100_000, '["a"]', "[4294967296]"])
 def test_bench_refuses_what_is_no_list_of_ids(call: Call, tmp_path: Path, text: str) -> None:
     ids = tmp_path / "ids.json"
@@ -191,7 +209,7 @@ def test_a_run_stays_within_its_memory(group: Path, tmp_path: Path, io: str) -> 
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["ids"] == json.loads(plain.stdout)["ids"]
     # Without --ram the group's limit is what there is; one that is too small is refused, not run into.
-    (group / "memory.limit_in_bytes").write_text("400000000")
+    (group / "memory.limit_in_bytes").write_text("340000000")
     done = subprocess.run([sys.executable, "-c", code, group, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 15, (done.returncode, done.stderr)
     assert "this machine has" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_blocks_within_a_pass_change_no_bit(
     monkeypatch.setattr("runner.model.BLOCK_TOKENS", block)
     monkeypatch.setattr("runner.moe.BLOCK_TOKENS", block)
     assert torch.equal(logits(demo.path(), slots=slots)[0], expected)
+
+
+def test_two_models_in_two_threads_do_not_meet(expected: Tensor) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        for found, _ in threads.map(lambda io: logits(demo.path(), io=io), ["mmap", "direct"] * 3):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("torch_alone")

@@ -17,7 +17,7 @@ RATES = Rates(memory=35.0, direct=2.0, mapped=1.9)
 
 
 def budget_of(ram: int) -> Budget:
-    return plan_budget(CONFIG, SIZES, ram=ram, ctx=2048, here=HERE, process=250_000_000)
+    return plan_budget(CONFIG, SIZES, ram=ram, ctx=2048, here=HERE, process=250_000_000, is_compiled=True)
 
 
 def test_a_machine_that_holds_the_dense_part_waits_for_its_disk() -> None:
@@ -60,6 +60,6 @@ def test_a_model_without_routed_experts() -> None:
     config: ModelConfig = replace(CONFIG, first_k_dense_replace=CONFIG.num_hidden_layers)
     sizes = Sizes(dense=1_000_000_000, expert=0, experts=0)
     here: Machine = HERE
-    budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=0)
+    budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=0, is_compiled=True)
     found = forecast(config, sizes, 1_000_000_000, budget, RATES)
     assert (found.routed_bytes, found.hit_rate) == (0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -13,6 +14,7 @@ import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +248,61 @@ def test_a_file_that_is_cut_while_its_expert_is_used(folder: Folder, way: type[D
         list(use(window, 0, [expert]))
     with pytest.raises(IntegrityError, match=r"0-2: has 0 bytes"):
         list(use(window, 0, [2]))
+
+
+@pytest.mark.parametrize("change", ["cut within a page", "written to"])
+def test_a_file_that_changes_without_a_bus_error(folder: Folder, way: type[Direct] | type[Mapped], change: str) -> None:
+    """Behind the end of a file that ends within a page a mapping shows zeros; and it shows what others write."""
+    window = open_window(folder, way, 4)
+    groups = window.groups(0, [2])
+    assert [expert.key for some in next(groups) for expert in some] == [(0, 2)]
+    path = folder.path((0, 2))
+    if change == "written to":
+        with path.open("r+b") as file:
+            file.seek(5000)
+            file.write(b"other")
+        os.utime(path, ns=(0, 0))
+    else:
+        os.truncate(path, path.stat().st_size - 10)
+    if way is Direct:
+        assert next(groups, None) is None  # what was read is a copy
+        return
+    with pytest.raises(IntegrityError, match=r"0-2: (was replaced or written to while in use|has \d+ bytes, expected)"):
+        next(groups)
+    assert (0, 2) not in window.held
+
+
+@pytest.mark.parametrize("step", ["touch", "lock", "admit", "submit", "tensors", "victim", "forget", "unlock"])
+def test_an_interrupt_anywhere_leaves_a_window_that_works(
+    folder: Folder, way: type[Direct] | type[Mapped], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes between any two steps; places, locks and the policy's books are right for the next pass."""
+    owner = {"submit": Background, "tensors": Region}.get(step, Policy)
+    real = getattr(owner, step)
+    for when in (1, 2, 5):
+        for before in (True, False):
+            window = open_window(folder, way, 6)
+            list(use(window, 0, range(8)))
+            left = iter(range(when))
+
+            def interrupted(*args: Any, left: Iterator[int] = left, before: bool = before, **kwargs: Any) -> Any:
+                is_last = next(left, None) == when - 1  # noqa: B023
+                if is_last and before:
+                    raise KeyboardInterrupt
+                found = real(*args, **kwargs)
+                if is_last:
+                    raise KeyboardInterrupt
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, step, interrupted)
+                with contextlib.suppress(KeyboardInterrupt):
+                    list(use(window, 1, range(4, 14)))
+            gc.collect()
+            for layer in (0, 1):
+                assert [sorted(one) for one in use(window, layer, range(6))] == [list(range(6))]
+            assert len(window._policy) == len(window.held) == 6
+            assert sorted(window._unused) == []
 
 
 def test_a_file_that_is_cut_while_it_is_read(
