@@ -108,7 +108,7 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
     check(matrix)
     x_TI = round_activation(x, dtype)
     if (compiled := kernels.active()) is not None:
-        return compiled.linear(x_TI, matrix)
+        return compiled.linear(x_TI, matrix, dtype=dtype)
     rows, columns = matrix.weight.shape
     block_rows = matrix.block[0]
     # Whole blocks, as many as the limit takes; one row of blocks where that is already more.
