@@ -2,13 +2,13 @@
    columns at a time as with float32. e4m3 is exact in bfloat16 and the products are exact in float32; the sums are
    float32, as is each block's scale, which is multiplied with the sum of a piece.
 
-   A lane is a row here, so there are no lanes to add: 16 rows of weights are transposed while they are expanded, pair of
-   columns by pair, and a pair of one token's activations goes to all lanes. A lane adds the columns of a piece from the
-   left, and the pieces from the left; that is not the order of panel.h, so a few tokens and many differ in a bit. */
+   A lane is a row here, so there are no lanes to add: 16 rows of weights are transposed while they are expanded, pairs
+   of columns stay together, and a pair of one token's activations goes to all lanes. A lane adds the columns of a piece
+   from the left, then the pieces; that is not the order of panel.h, so a few tokens and many may differ in a bit. */
 
-#define PACKED_FROM 4  /* tokens; fewer take panel.h's way, which is as fast as memory is read */
+#define PACKED_FROM 4     /* tokens; fewer take panel.h's way, which is as fast as memory is read */
 #define PACKED_TOKENS 192 /* that share one expansion */
-#define PACKED_TILE 12 /* tokens whose sums with PACKED_ROWS rows fit the registers */
+#define PACKED_TILE 12    /* tokens whose sums with PACKED_ROWS rows fit the registers */
 #define PACKED_ROWS 32
 
 static inline int64_t count_pieces(int64_t columns) { return (columns + PIECE - 1) / PIECE; }
@@ -50,26 +50,18 @@ TARGET_BF16 static void pack(
     }
 }
 
-/* 16 bytes of each of 16 rows: vector k has those of row 4 i + k as its i-th quarter. */
-INLINE_BF16 void load_rows_bf16(const uint8_t *const *rows, int64_t at, __m512i *v)
+/* 16 bytes at w of each of 16 rows, as pairs of columns: lane r of a pair's vector is row r's. */
+INLINE_BF16 void expand_rows_bf16(
+    const int kind, table_vbmi table, const uint8_t *w, int64_t stride, __m512i (*pairs)[PACKED_ROWS / LANES])
 {
-#define QUARTER(i) _mm_loadu_si128((const __m128i *)(rows[4 * (i) + k] + at))
+    __m512i v[4]; /* the i-th quarter of v[k] is of row 4 i + k */
+#define QUARTER(i) _mm_loadu_si128((const __m128i *)(w + (4 * (i) + k) * stride))
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-        v[k] = _mm512_castsi128_si512(QUARTER(0));
-        v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x00f0, QUARTER(1));
-        v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x0f00, QUARTER(2));
-        v[k] = _mm512_mask_broadcast_i32x4(v[k], 0xf000, QUARTER(3));
+        v[k] = _mm512_inserti32x4(_mm512_castsi128_si512(QUARTER(0)), QUARTER(1), 1);
+        v[k] = _mm512_inserti32x4(_mm512_inserti32x4(v[k], QUARTER(2), 2), QUARTER(3), 3);
     }
 #undef QUARTER
-}
-
-/* 16 bytes at `at` of 16 rows, as pairs of columns: lane r of a pair's vector is row r's. */
-INLINE_BF16 void expand_rows_bf16(
-    const int kind, table_vbmi table, const uint8_t *const *rows, int64_t at, __m512i (*pairs)[PACKED_ROWS / LANES])
-{
-    __m512i v[4];
-    load_rows_bf16(rows, at, v);
     if (kind == BF16) {
         const __m512i low0 = _mm512_unpacklo_epi32(v[0], v[1]), high0 = _mm512_unpackhi_epi32(v[0], v[1]);
         const __m512i low1 = _mm512_unpacklo_epi32(v[2], v[3]), high1 = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -91,28 +83,33 @@ INLINE_BF16 void expand_rows_bf16(
     }
 }
 
-/* `size` bytes of each of 16 rows, at most a piece; zeros where the last 16 are not whole. */
+/* `size` bytes of each of `count` rows, at most a piece of PACKED_ROWS; zeros stand for what is missing. */
 INLINE_BF16 void expand_piece_bf16(
-    const int kind, const uint8_t *const *rows, int64_t at, int64_t size, __m512i (*pairs)[PACKED_ROWS / LANES])
+    const int kind, const uint8_t *w, int64_t stride, int64_t count, int64_t size,
+    __m512i (*pairs)[PACKED_ROWS / LANES])
 {
     const table_vbmi table = table_load_vbmi();
-    const int64_t whole = size & ~(int64_t)15, step = kind == BF16 ? 4 : 8;
-    for (int64_t i = 0; i < whole; i += 16, pairs += step)
-        expand_rows_bf16(kind, table, rows, at + i, pairs);
-    if (whole == size)
-        return;
-    uint8_t rest[LANES][16] = {{0}};
-    const uint8_t *rest_rows[LANES];
-    for (int r = 0; r < LANES; r++) {
-        memcpy(rest[r], rows[r] + at + whole, (size_t)(size - whole));
-        rest_rows[r] = rest[r];
-    }
-    expand_rows_bf16(kind, table, rest_rows, 0, pairs);
+    const int64_t whole = count == PACKED_ROWS ? size & ~(int64_t)15 : 0;
+    for (int g = 0; g < PACKED_ROWS / LANES; g++)
+        for (int64_t i = 0; i < size; i += 16) {
+            const uint8_t *from = w + g * LANES * stride + i;
+            int64_t step = stride;
+            uint8_t rest[LANES][16];
+            if (i >= whole) {
+                memset(rest, 0, sizeof rest);
+                for (int64_t r = 0; r < LANES && g * LANES + r < count; r++)
+                    memcpy(rest[r], from + r * stride, (size_t)(size - i < 16 ? size - i : 16));
+                from = rest[0];
+                step = 16;
+            }
+            __m512i *to = &pairs[i / (2 * element_bytes(kind))][g];
+            expand_rows_bf16(kind, table, from, step, (__m512i(*)[PACKED_ROWS / LANES])to);
+        }
 }
 
 /* Add the products of a piece of PACKED_ROWS rows with `count` tokens to their sums, and ask for memory on the way. */
 INLINE_BF16 void tile_bf16(
-    const __m512i (*pairs)[PACKED_ROWS / LANES], int64_t size, const float *scale, const uint16_t *x, const int count,
+    __m512i (*pairs)[PACKED_ROWS / LANES], int64_t size, const float *scale, const uint16_t *x, const int count,
     float (*total)[PACKED_ROWS], const uint8_t *next, int64_t step)
 {
     __m512 part[2][PACKED_TILE];
@@ -150,18 +147,14 @@ INLINE_BF16 void group_bf16(
     alignas(64) __m512i pairs[PIECE / 2][PACKED_ROWS / LANES];
     alignas(64) float total[PACKED_TOKENS][PACKED_ROWS], scale[PACKED_ROWS];
     const int64_t columns = a->columns, bytes = element_bytes(kind), tiles = (tokens + PACKED_TILE - 1) / PACKED_TILE;
-    const uint8_t *rows[PACKED_ROWS], *scales[PACKED_ROWS];
-    for (int64_t r = 0; r < PACKED_ROWS; r++) { /* the last one stands for those behind it */
-        const int64_t at = row + (r < count ? r : count - 1);
-        rows[r] = (const uint8_t *)a->weight + at * columns * bytes;
-        scales[r] = scales_of(a, at);
-    }
+    const uint8_t *w = (const uint8_t *)a->weight + row * columns * bytes, *scales[PACKED_ROWS];
+    for (int64_t r = 0; r < PACKED_ROWS; r++)
+        scales[r] = scales_of(a, row + (r < count ? r : count - 1));
     memset(total, 0, (size_t)tokens * sizeof total[0]);
     for (int64_t begin = 0; begin < columns; begin += PIECE, x += stride) {
         const int64_t size = begin + PIECE < columns ? PIECE : columns - begin;
-        const uint8_t *next = rows[0] + (count * columns + PACKED_ROWS * begin) * bytes;
-        for (int r = 0; r < PACKED_ROWS; r += LANES)
-            expand_piece_bf16(kind, rows + r, begin * bytes, size * bytes, (__m512i(*)[2])&pairs[0][r / LANES]);
+        const uint8_t *next = w + (count * columns + PACKED_ROWS * begin) * bytes; /* in the order of memory */
+        expand_piece_bf16(kind, w + begin * bytes, columns * bytes, count, size * bytes, pairs);
         for (int r = 0; r < PACKED_ROWS; r++)
             scale[r] = r && scales[r] == scales[r - 1] ? scale[r - 1]
                                                        : scale_of(scales[r], a->scale ? begin / a->block_columns : 0);
@@ -170,7 +163,7 @@ INLINE_BF16 void group_bf16(
             switch (some) {
 #define CASE(n) \
     case n: \
-        tile_bf16((const __m512i(*)[2])pairs, (size + 1) / 2, scale, x + t * PIECE, n, total + t, next, step); \
+        tile_bf16(pairs, (size + 1) / 2, scale, x + t * PIECE, n, total + t, next, step); \
         break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE

@@ -12,7 +12,7 @@ typedef struct {
     const int64_t *first; /* chunks before each expert's own; the last is their number */
     const float *const *x;
     float *const *h, *const *up;
-    uint16_t *const *packed; /* rows for gate and up, then for down, two for each expert; NULL where they are not packed */
+    uint16_t *const *packed; /* two for each expert, for gate and up and for down; NULL: not packed */
     const float *all; /* what x has rows of */
     int64_t pieces;   /* of each expert that are packed */
     int rounds;
@@ -60,8 +60,9 @@ static void run_gate_up(const void *context, int64_t chunk)
     const experts_job *job = context;
     const int64_t e = find_expert(job, chunk);
     const rk_expert *expert = job->experts + e;
-    const int64_t width = expert->gate.rows, begin = (chunk - job->first[e]) * chunk_rows(&expert->gate);
-    int64_t end = begin + chunk_rows(&expert->gate);
+    const int64_t width = expert->gate.rows, size = chunk_rows(&expert->gate, job->packed[2 * e] != NULL);
+    const int64_t begin = (chunk - job->first[e]) * size;
+    int64_t end = begin + size;
     end = end < width ? end : width;
     float *h = job->h[e], *up = job->up[e];
     multiply_either(&expert->gate, begin, end, job->x[e], job->packed[2 * e], expert->tokens, h);
@@ -78,7 +79,8 @@ static void run_down(const void *context, int64_t chunk)
     const experts_job *job = context;
     const int64_t e = find_expert(job, chunk);
     const rk_expert *expert = job->experts + e;
-    const int64_t begin = (chunk - job->first[e]) * chunk_rows(&expert->down), end = begin + chunk_rows(&expert->down);
+    const int64_t size = chunk_rows(&expert->down, job->packed[2 * e + 1] != NULL);
+    const int64_t begin = (chunk - job->first[e]) * size, end = begin + size;
     multiply_either(&expert->down, begin, end, job->h[e], job->packed[2 * e + 1], expert->tokens, expert->y);
 }
 
@@ -150,8 +152,8 @@ int rk_experts(const rk_expert *experts, int64_t count, const float *x, float *r
             h_bytes += expert->tokens * width * (int64_t)sizeof *x;
         }
         bytes += matrix_bytes(&expert->gate) * expert->tokens;
-        first[e + 1] = first[e] + count_chunks(width, chunk_rows(&expert->gate));
-        first_down[e + 1] = first_down[e] + count_chunks(hidden, chunk_rows(&expert->down));
+        first[e + 1] = first[e] + count_chunks(width, chunk_rows(&expert->gate, packed[2 * e] != NULL));
+        first_down[e + 1] = first_down[e] + count_chunks(hidden, chunk_rows(&expert->down, packed[2 * e + 1] != NULL));
     }
     experts_job job = {experts, first, inputs, h, up, packed, x, x_pieces, rounds};
     pthread_mutex_lock(&pool.caller);
