@@ -213,6 +213,7 @@ def run(
         settings={
             "model": path,
             "io": loaded.io,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "kernels": None if compiled is None else compiled.variant,
             "prompt_tokens": prompt_tokens,

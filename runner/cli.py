@@ -17,6 +17,7 @@ from runner.cli_chat import chat
 from runner.cli_measure import eval_command, logits
 from runner.cli_options import (
     STDIN,
+    as_dtype,
     compute_options,
     echo_generated,
     model_option,
@@ -82,6 +83,7 @@ def generate(
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -104,7 +106,7 @@ def generate(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     if system is None:

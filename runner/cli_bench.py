@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from manifests.console import json_option, printable, quiet_option
-from runner.cli_options import memory_options, model_option, note, set_threads, threads_option
+from runner.cli_options import as_dtype, memory_options, model_option, note, set_threads, threads_option
 
 
 @click.command()
@@ -42,6 +42,7 @@ def bench(
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -67,7 +68,9 @@ def bench(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         ids=ids,
-        open_model=lambda: LoadedModel(model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin),
+        open_model=lambda: LoadedModel(
+            model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype)
+        ),
         say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )
     if not as_json:

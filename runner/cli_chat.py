@@ -15,6 +15,7 @@ import click
 from manifests.console import quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
+    as_dtype,
     compute_options,
     decode_utf8,
     echo_generated,
@@ -61,6 +62,7 @@ def chat(
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     quiet: bool,
     **given: Any,
@@ -78,7 +80,7 @@ def chat(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     conversation = Conversation(loaded.text, system=system, thinking=thinking)

@@ -19,7 +19,7 @@ import click
 
 from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
-from runner.cli_options import memory_options, model_option, note, read_text, set_threads, threads_option
+from runner.cli_options import as_dtype, memory_options, model_option, note, read_text, set_threads, threads_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +38,6 @@ TOP = 5
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to read.")
 @click.option("--ids", metavar="N,N,...", help="Token ids to read, exactly these: no token is put before them.")
 @click.option("--out", type=click.Path(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="What activations are rounded to before each product.",
-)
 @memory_options
 @threads_option
 @json_option
@@ -54,10 +47,10 @@ def logits(
     prompt: str | None,
     ids: str | None,
     out: str | None,
-    dtype: str,
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -76,12 +69,11 @@ def logits(
     wanted = [] if ids is None else _parse_ids(ids)
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise SourceNotFoundError(f"{Path(out).absolute().parent}: no such folder to write {Path(out).name} to")
-    import torch
 
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, dtype=getattr(torch, dtype), ram=ram, io=io, pin=pin)
+    loaded = LoadedModel(model, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
     read = wanted if prompt is None else loaded.text.encode(prompt)
     if out is None:
         last_V = loaded.engine.last_logits(read)
@@ -126,6 +118,7 @@ def eval_command(
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -149,7 +142,7 @@ def eval_command(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}

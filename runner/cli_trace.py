@@ -14,7 +14,7 @@ import click
 
 from manifests.console import Size, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
-from runner.cli_options import compute_options, model_option, note, read_text, set_threads
+from runner.cli_options import as_dtype, compute_options, model_option, note, read_text, set_threads
 
 if TYPE_CHECKING:
     from runner.replay import Replay
@@ -48,6 +48,7 @@ def trace(
     ram: int | None,
     io: str | None,
     pin: str | None,
+    dtype: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -73,7 +74,7 @@ def trace(
     from runner.trace import TraceRecorder, save
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin)
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
     config = loaded.model.config
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     if not layers:

@@ -96,7 +96,8 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
     Args:
         x: [T, I] float32.
         matrix: [O, I].
-        dtype: bfloat16 rounds ``x`` to bfloat16 first; the product itself is float32 with exact weights.
+        dtype: bfloat16 rounds ``x`` to bfloat16 first; the product itself is float32 with exact weights. The order of
+            its sums, and so their rounding, may then depend on T.
 
     Returns:
         [T, O] float32.
@@ -108,7 +109,7 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
     check(matrix)
     x_TI = round_activation(x, dtype)
     if (compiled := kernels.active()) is not None:
-        return compiled.linear(x_TI, matrix)
+        return compiled.linear(x_TI, matrix, dtype=dtype)
     rows, columns = matrix.weight.shape
     block_rows = matrix.block[0]
     # Whole blocks, as many as the limit takes; one row of blocks where that is already more.

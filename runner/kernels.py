@@ -132,15 +132,25 @@ class Kernels:
         # Kept: tens of megabytes, whose pages would be new to the system at each call.
         self._room = torch.empty(0)
 
-    def linear(self, x_TI: Tensor, matrix: "Matrix") -> Tensor:
-        """Give [T, O] float32, the product of [T, I] float32 and a matrix whose dtype and scales were checked."""
+    def linear(self, x_TI: Tensor, matrix: "Matrix", *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give [T, O] float32, the product of activations and a matrix.
+
+        Args:
+            x_TI: [T, I] float32, rounded to ``dtype``.
+            matrix: [O, I], whose dtype and scales were checked.
+            dtype: With bfloat16 the order of the sums may depend on T; never on the threads.
+        """
         self._prepare()
         x_TI = x_TI.contiguous()
-        out_TO = x_TI.new_empty(x_TI.shape[0], matrix.weight.shape[0])
+        tokens = x_TI.shape[0]
+        out_TO = x_TI.new_empty(tokens, matrix.weight.shape[0])
         kept: list[Tensor] = []
-        self._library.rk_linear(
-            ctypes.byref(_describe(matrix, kept)), x_TI.data_ptr(), x_TI.shape[0], out_TO.data_ptr()
-        )
+        described = ctypes.byref(_describe(matrix, kept))
+        if dtype is torch.bfloat16 and (needed := self._library.rk_linear_room(described, tokens)):
+            with _room_lock:
+                self._library.rk_linear(described, x_TI.data_ptr(), tokens, out_TO.data_ptr(), self._room_of(needed))
+        else:
+            self._library.rk_linear(described, x_TI.data_ptr(), tokens, out_TO.data_ptr(), None)
         return out_TO
 
     def experts(
@@ -165,7 +175,7 @@ class Kernels:
         )
         rounds = dtype is torch.bfloat16
         with _room_lock:
-            room = self._room_of(self._library.rk_experts_room(described, len(experts)))
+            room = self._room_of(self._library.rk_experts_room(described, len(experts), rounds))
             if self._library.rk_experts(described, len(experts), x_TD.data_ptr(), room, rounds):
                 raise MemoryError
         return found
@@ -358,11 +368,13 @@ def library() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.rk_supports.argtypes = (ctypes.c_int,)
         found.rk_start.argtypes = (ctypes.c_int, ctypes.c_int)
-        found.rk_linear.argtypes = (ctypes.POINTER(_Matrix), pointer, number, pointer)
+        found.rk_linear_room.argtypes = (ctypes.POINTER(_Matrix), number)
+        found.rk_linear_room.restype = number
+        found.rk_linear.argtypes = (ctypes.POINTER(_Matrix), pointer, number, pointer, pointer)
         found.rk_linear.restype = None
         found.rk_read.argtypes = (pointer, number)
         found.rk_read.restype = ctypes.c_uint64
-        found.rk_experts_room.argtypes = (ctypes.POINTER(_Expert), number)
+        found.rk_experts_room.argtypes = (ctypes.POINTER(_Expert), number, ctypes.c_int)
         found.rk_experts_room.restype = number
         found.rk_experts.argtypes = (ctypes.POINTER(_Expert), number, pointer, pointer, ctypes.c_int)
         found.rk_sum.argtypes = (ctypes.POINTER(_Part), number, number, pointer)

@@ -32,6 +32,7 @@ class Model:
 
     Attributes:
         config: As given.
+        dtype: As given.
         observer: Told which experts each MoE layer chose; None for nobody.
     """
 
@@ -40,7 +41,7 @@ class Model:
             raise ToolkitError(f"the runner computes in float32 or bfloat16, not {dtype}")
         self.config = config
         self.observer: Observer | None = None
-        self._dtype = dtype
+        self.dtype = dtype
         self._parameters = Parameters(weights, config.weight_block_size)
         self._rope = Rope(config)
         self._layers = [
@@ -78,7 +79,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head: [T, D] float32 to [T, V] float32."""
         head = self._parameters.matrix("lm_head", self.config.vocab_size, self.config.hidden_size)
-        return linear(hidden, head, dtype=self._dtype)
+        return linear(hidden, head, dtype=self.dtype)
 
 
 class _DecoderLayer:

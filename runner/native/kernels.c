@@ -205,11 +205,14 @@ int rk_start(int variant, int threads)
 
 #define CHUNK_BYTES (1 << 19) /* of weights: small enough to share out evenly, large enough to stream */
 
-/* Rows of a chunk, a multiple of 16. */
-static int64_t chunk_rows(const rk_matrix *a)
+/* Rows of a chunk, a multiple of 32. With packed activations 32 rows ask for the next 32, and those behind a chunk's end
+   are another thread's: so chunks are long, but each thread has four. */
+static int64_t chunk_rows(const rk_matrix *a, int is_packed)
 {
-    const int64_t rows = CHUNK_BYTES / (a->columns * element_bytes(a->kind) + 1);
-    return rows < 16 ? 16 : rows & ~(int64_t)15;
+    int64_t rows = CHUNK_BYTES / (a->columns * element_bytes(a->kind) + 1);
+    if (is_packed && rows < a->rows / (4 * pool.threads))
+        rows = a->rows / (4 * pool.threads);
+    return rows < 32 ? 32 : rows & ~(int64_t)31;
 }
 
 static int64_t matrix_bytes(const rk_matrix *a) { return a->rows * a->columns * element_bytes(a->kind); }
@@ -226,24 +229,53 @@ static void multiply(const rk_matrix *a, int64_t begin, int64_t end, const float
     }
 }
 
+#include "bf16.h"
+
+/* The same from packed activations where there are any. */
+static void multiply_either(
+    const rk_matrix *a, int64_t begin, int64_t end, const float *x, const uint16_t *packed, int64_t tokens, float *y)
+{
+    if (packed != NULL)
+        multiply_packed(a, begin, end, packed, tokens, y);
+    else
+        multiply(a, begin, end, x, tokens, y);
+}
+
 typedef struct {
     const rk_matrix *a;
     const float *x;
+    uint16_t *packed; /* NULL: x is taken as it is */
     int64_t tokens, size;
     float *y;
 } linear_job;
 
+static void run_pack(const void *context, int64_t piece)
+{
+    const linear_job *job = context;
+    pack(job->x, NULL, job->tokens, job->a->columns, piece, job->packed);
+}
+
 static void run_linear(const void *context, int64_t chunk)
 {
     const linear_job *job = context;
-    multiply(job->a, chunk * job->size, (chunk + 1) * job->size, job->x, job->tokens, job->y);
+    const int64_t begin = chunk * job->size, end = begin + job->size;
+    multiply_either(job->a, begin, end, job->x, job->packed, job->tokens, job->y);
 }
 
-/* y = a x: x is [tokens, columns], y is [tokens, rows]. */
-void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y)
+/* Floats of working memory that rk_linear needs for activations that are rounded to bfloat16. */
+int64_t rk_linear_room(const rk_matrix *a, int64_t tokens)
 {
-    const linear_job job = {a, x, tokens, chunk_rows(a), y};
+    return is_packed(a, tokens) ? packed_room(tokens, a->columns) : 0;
+}
+
+/* y = a x: x is [tokens, columns], y is [tokens, rows]. `room` is NULL where x is not rounded to bfloat16. */
+void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y, float *room)
+{
+    uint16_t *packed = room && is_packed(a, tokens) ? (uint16_t *)room : NULL;
+    const linear_job job = {a, x, packed, tokens, chunk_rows(a, packed != NULL), y};
     pthread_mutex_lock(&pool.caller);
+    if (packed)
+        run_chunks(run_pack, &job, count_pieces(a->columns), tokens * a->columns * (int64_t)sizeof *x);
     run_chunks(run_linear, &job, count_chunks(a->rows, job.size), matrix_bytes(a) * tokens);
     pthread_mutex_unlock(&pool.caller);
 }

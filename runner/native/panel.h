@@ -143,7 +143,7 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
         for (int64_t c = begin, piece = 0; c < end; c += PIECE, piece++) {
             for (int r = 0; r < count; r++)
                 scale[r][piece] = scale_of(scales[r], block) / (a->scale ? FP8_UNIT : 1.0f);
-            if (c + PIECE >= block_end || end == block_end) {
+            if (c + PIECE >= block_end) {
                 block++;
                 block_end += block_columns;
             }

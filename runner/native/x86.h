@@ -160,6 +160,18 @@ TARGET_VBMI static inline table_vbmi table_load_vbmi(void)
                         _mm512_load_si512(E4M3_LOWER + 64), _mm512_load_si512(E4M3_ORDER)};
 }
 
+/* The uppermost byte of each code's float, and the next; the two below are 0. */
+TARGET_VBMI static inline __attribute__((always_inline)) __m512i upper_bytes_vbmi(table_vbmi table, __m512i codes)
+{
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    return _mm512_ternarylogic_epi64(
+        _mm512_permutex2var_epi8(table.upper0, codes, table.upper1), codes, sign, 0xF8); /* a | b & c */
+}
+TARGET_VBMI static inline __attribute__((always_inline)) __m512i lower_bytes_vbmi(table_vbmi table, __m512i codes)
+{
+    return _mm512_permutex2var_epi8(table.lower0, codes, table.lower1);
+}
+
 TARGET_VBMI static inline __attribute__((always_inline)) void decode_vbmi(
     const int kind, table_vbmi table, const uint8_t *w, __m512 *out)
 {
@@ -167,11 +179,9 @@ TARGET_VBMI static inline __attribute__((always_inline)) void decode_vbmi(
         decode_plain_avx512(kind, w, out);
         return;
     }
-    const __m512i sign = _mm512_set1_epi8((char)0x80), odd = _mm512_set1_epi32((int)0xffff0000);
+    const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
     const __m512i codes = _mm512_permutexvar_epi8(table.order, _mm512_loadu_si512(w));
-    const __m512i upper = _mm512_ternarylogic_epi64(
-        _mm512_permutex2var_epi8(table.upper0, codes, table.upper1), codes, sign, 0xF8); /* a | b & c */
-    const __m512i lower = _mm512_permutex2var_epi8(table.lower0, codes, table.lower1);
+    const __m512i upper = upper_bytes_vbmi(table, codes), lower = lower_bytes_vbmi(table, codes);
     const __m512i first = _mm512_unpacklo_epi8(lower, upper), second = _mm512_unpackhi_epi8(lower, upper);
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(first, odd));

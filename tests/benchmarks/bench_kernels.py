@@ -29,7 +29,9 @@ from runner.kernels import Kernels
 HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
 MATRIX_BYTES = HIDDEN * WIDTH
 ROWS = (1, 2, 4, 8, 16)
-MANY_ROWS = (64, 512)
+MANY_ROWS = (48, 64, 512)
+ROUNDED_ROWS = (4, 8, 16, *MANY_ROWS)
+"""With activations of bfloat16; fewer rows take the products of float32."""
 
 
 def main() -> None:
@@ -91,6 +93,11 @@ def every_way(memory: Tensor) -> dict[str, Way]:
             wide, narrow = torch.randn(rows, HIDDEN), torch.randn(rows, WIDTH)
             ways[f"{variant} gate/up rows={rows}"] = Way(up[:some], linear(compiled, wide), flops=flops * rows)
             ways[f"{variant} down rows={rows}"] = Way(down[:some], linear(compiled, narrow), flops=flops * rows)
+            if variant != "avx512-vbmi" or rows not in ROUNDED_ROWS:
+                continue
+            for name, matrices, x in (("gate/up", up, wide), ("down", down, narrow)):
+                call = linear(compiled, x.bfloat16().float(), dtype=torch.bfloat16)
+                ways[f"{variant} {name} rounded rows={rows}"] = Way(matrices[:some], call, flops=flops * rows)
         some = max(1, count // (3 if fast else 60))
         one = expert(compiled, torch.randn(1, HIDDEN))
         ways[f"{variant} expert"] = Way(experts(up, down, some), one, one=3 * MATRIX_BYTES, flops=3 * flops)
@@ -134,9 +141,9 @@ def experts(up: list[Matrix], down: list[Matrix], count: int) -> list[Mlp]:
     return [Mlp(gate=up[3 * n], up=up[3 * n + 1], down=down[3 * n + 2]) for n in range(count)]
 
 
-def linear(compiled: Kernels, x: Tensor) -> Callable[[Matrix], Any]:
+def linear(compiled: Kernels, x: Tensor, *, dtype: torch.dtype = torch.float32) -> Callable[[Matrix], Any]:
     """A product with the same activations."""
-    return lambda matrix: compiled.linear(x, matrix)
+    return lambda matrix: compiled.linear(x, matrix, dtype=dtype)
 
 
 def expert(compiled: Kernels, x: Tensor) -> Callable[[Mlp], Any]:

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from runner.fp8 import Matrix, Mlp, dequantize
 from runner.kernels import Kernels, Part
 
 BLOCK = 128
+ROUNDED = (torch.float32, torch.bfloat16)
+"""What activations are rounded to; bfloat16 has products of its own on some processors, from four tokens on."""
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 WITH_FMA = tuple(variant for variant in kernels.supported() if variant != "portable")
 
@@ -71,8 +74,8 @@ def all_numbers(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, 3])
-def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize(("count", "rounded"), [(1, torch.float32), (3, torch.float32), (5, torch.bfloat16)])
+def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int, rounded: torch.dtype) -> None:
     """Picked out one column at a time: exact, signs and subnormals and all, and NaN stays NaN."""
     weight = all_numbers(dtype)
     expected = weight.to(torch.float32)
@@ -86,7 +89,7 @@ def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int) ->
         alone[:, column] = weight[:, column]
         x = torch.zeros(count, 128)
         x[:, column] = 1
-        y = compiled.linear(x, Matrix(weight=alone, scale=scale))
+        y = compiled.linear(x, Matrix(weight=alone, scale=scale), dtype=rounded)
         for row in y:
             assert torch.equal(row.isnan(), expected[:, column].isnan())
             kept = ~row.isnan() & (expected[:, column].abs() >= torch.finfo(torch.float32).tiny)
@@ -99,10 +102,21 @@ def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
     for code, column in itertools.product((0x7F, 0xFF), (3, 130, 255, 299)):
         matrix = fp8(20, 300)
         matrix.weight.view(torch.uint8)[7, column] = code
-        for count in (1, 2, 3, 5, 7):
-            y = compiled.linear(seeded(count, 300), matrix)
+        for count, dtype in itertools.product((1, 2, 3, 5, 7, 14), ROUNDED):
+            y = compiled.linear(seeded(count, 300).to(dtype).float(), matrix, dtype=dtype)
             assert y.isnan().nonzero()[:, 1].unique().tolist() == [7]
-            assert (compiled.linear(torch.zeros(count, 300), matrix)[:, 7]).isnan().all()
+            assert (compiled.linear(torch.zeros(count, 300), matrix, dtype=dtype)[:, 7]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_an_activation_that_is_none_spoils_its_token_alone(compiled: Kernels, dtype: torch.dtype) -> None:
+    for number, column in itertools.product((torch.nan, torch.inf), (0, 129, 299)):
+        x = seeded(14, 300).to(dtype).float()
+        x[9, column] = number
+        y = compiled.linear(x, Matrix(weight=torch.ones(40, 300).bfloat16(), scale=None), dtype=dtype)
+        assert (~y.isfinite()).all(dim=1).nonzero().tolist() == [[9]]
+        assert y[9].isnan().all() == (number != torch.inf)
+        assert y.isfinite().sum() == 13 * 40
 
 
 SHAPES = [
@@ -112,14 +126,16 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float16", "float32", "narrow blocks", "wide blocks"])
+@pytest.mark.parametrize(
+    "kind", ["fp8", "bfloat16", "float16", "float32", "narrow blocks", "wide blocks", "double blocks"]
+)
 def test_the_product_is_the_one_of_exact_arithmetic(compiled: Kernels, rows: int, columns: int, kind: str) -> None:
     if kind == "fp8":
         matrix = fp8(rows, columns)
     elif kind == "narrow blocks":
         matrix = fp8(rows, columns, block=(3, 20))
-    elif kind == "wide blocks":
-        matrix = fp8(rows, columns, block=(50, 200))
+    elif kind.endswith("blocks"):
+        matrix = fp8(rows, columns, block=(50, 200) if kind == "wide blocks" else (50, 256))
     else:
         matrix = Matrix(weight=seeded(rows, columns).to(getattr(torch, kind)), scale=None)
     exact = dequantize(matrix).double()
@@ -129,6 +145,46 @@ def test_the_product_is_the_one_of_exact_arithmetic(compiled: Kernels, rows: int
         # What a sum can lose depends on the size of what is added.
         bound = 1e-6 * (x.double().abs() @ exact.abs().T)
         assert ((y.double() - x.double() @ exact.T).abs() <= bound + 1e-30).all()
+
+
+def rounding_bound(x: Tensor, exact: Tensor) -> Tensor:
+    """What a sum can lose with activations of bfloat16, whatever the order.
+
+    Products with e4m3 or bfloat16 are exact in float32. A piece of 128 columns rounds once for each product at most,
+    and once when it is added to the others; the scale was rounded into ``exact``.
+    """
+    columns = x.shape[1]
+    roundings = min(columns, 128) + -(-columns // 128) + 1
+    return 1.001 * roundings * 2**-24 * (x.double().abs() @ exact.abs().T)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float16", "narrow blocks", "low blocks", "double blocks"])
+def test_the_product_of_rounded_activations_is_exact_too(compiled: Kernels, rows: int, columns: int, kind: str) -> None:
+    if kind.endswith("16"):
+        matrix = Matrix(weight=seeded(rows, columns).to(getattr(torch, kind)), scale=None)
+    else:
+        block = {"fp8": (128, 128), "narrow blocks": (3, 20), "low blocks": (5, 128), "double blocks": (50, 256)}[kind]
+        matrix = fp8(rows, columns, block=block)
+    exact = dequantize(matrix).double()
+    for count in (1, 3, 4, 5, 8, 13, 33, 200):
+        x = seeded(count, columns, seed=count).bfloat16().float()
+        y = compiled.linear(x, matrix, dtype=torch.bfloat16)
+        assert ((y.double() - x.double() @ exact.T).abs() <= rounding_bound(x, exact) + 1e-30).all()
+
+
+def multiplies_bfloat16(compiled: Kernels) -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return compiled.variant == "avx512-vbmi" and "avx512_bf16" in flags
+
+
+def test_rounded_activations_have_a_product_of_their_own_for_many_tokens(compiled: Kernels) -> None:
+    """And the one of float32 for few tokens, and where the processor has none."""
+    matrices = (fp8(300, 1100), Matrix(weight=seeded(300, 1100).bfloat16(), scale=None))
+    for matrix, count in itertools.product(matrices, (1, 3, 4, 8, 50)):
+        x = seeded(count, 1100).bfloat16().float()
+        same = torch.equal(compiled.linear(x, matrix, dtype=torch.bfloat16), compiled.linear(x, matrix))
+        assert same != (multiplies_bfloat16(compiled) and count > 3)
 
 
 def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
@@ -146,11 +202,11 @@ def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
 
 def test_threads_change_no_bit(compiled: Kernels) -> None:
     matrix = fp8(3000, 1100)  # several chunks
-    for count in (1, 6):
-        x, found = seeded(count, 1100), []
+    for count, dtype in ((1, torch.float32), (6, torch.float32), (6, torch.bfloat16), (250, torch.bfloat16)):
+        x, found = seeded(count, 1100).to(dtype).float(), []
         for threads in (1, 2, 3, 7, 1):
             torch.set_num_threads(threads)
-            found.append(compiled.linear(x, matrix))
+            found.append(compiled.linear(x, matrix, dtype=dtype))
         assert all(torch.equal(y, found[0]) for y in found)
 
 
@@ -174,20 +230,22 @@ def test_weights_and_scales_may_begin_anywhere(compiled: Kernels, offset: int) -
     assert matrix.scale is not None
     odd = Matrix(weight=moved(matrix.weight, offset), scale=moved(matrix.scale, offset))
     plain = Matrix(weight=seeded(40, 300).bfloat16(), scale=None)
-    for count in (1, 5):
-        x = seeded(count, 300)
-        assert torch.equal(compiled.linear(x, odd), compiled.linear(x, matrix))
-        odd_plain = Matrix(weight=moved(plain.weight, offset), scale=None)
-        assert torch.equal(compiled.linear(x, odd_plain), compiled.linear(x, plain))
+    odd_plain = Matrix(weight=moved(plain.weight, offset), scale=None)
+    for count, dtype in itertools.product((1, 5), ROUNDED):
+        x = seeded(count, 300).to(dtype).float()
+        for moved_one, one in ((odd, matrix), (odd_plain, plain)):
+            assert torch.equal(compiled.linear(x, moved_one, dtype=dtype), compiled.linear(x, one, dtype=dtype))
 
 
-def test_nothing_at_all(compiled: Kernels) -> None:
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_nothing_at_all(compiled: Kernels, dtype: torch.dtype) -> None:
     matrix = fp8(40, 300)
-    assert compiled.linear(torch.empty(0, 300), matrix).shape == (0, 40)
-    empty = Matrix(weight=torch.empty(0, 300), scale=None)
-    assert compiled.linear(seeded(2, 300), empty).shape == (2, 0)
-    thin = Matrix(weight=torch.empty(5, 0), scale=None)
-    assert torch.equal(compiled.linear(torch.empty(2, 0), thin), torch.zeros(2, 5))
+    assert compiled.linear(torch.empty(0, 300), matrix, dtype=dtype).shape == (0, 40)
+    for count in (2, 5):
+        empty = Matrix(weight=torch.empty(0, 300).to(dtype), scale=None)
+        assert compiled.linear(torch.zeros(count, 300), empty, dtype=dtype).shape == (count, 0)
+        thin = Matrix(weight=torch.empty(5, 0).to(dtype), scale=None)
+        assert torch.equal(compiled.linear(torch.empty(count, 0), thin, dtype=dtype), torch.zeros(count, 5))
 
 
 def test_no_byte_beside_the_matrix_counts(compiled: Kernels) -> None:
@@ -196,11 +254,14 @@ def test_no_byte_beside_the_matrix_counts(compiled: Kernels) -> None:
     matrix = fp8(rows, columns)
     weight = torch.full((rows + 4, columns), 0x7F, dtype=torch.uint8)
     weight[2:-2] = matrix.weight.view(torch.uint8)
-    x = torch.full((5, columns), torch.nan)
-    x[1:-1] = seeded(3, columns)
+    x = torch.full((9, columns), torch.nan)
+    x[1:-1] = seeded(7, columns).bfloat16()
     inner = Matrix(weight=weight.view(torch.float8_e4m3fn)[2:-2], scale=matrix.scale)
-    for begin, end in ((1, 2), (1, 4)):
-        assert torch.equal(compiled.linear(x[begin:end], inner), compiled.linear(x[begin:end].clone(), matrix))
+    for begin, end, dtype in ((1, 2, torch.float32), (1, 4, torch.float32), (1, 8, torch.bfloat16)):
+        some = x[begin:end]
+        y = compiled.linear(some, inner, dtype=dtype)
+        assert y.isfinite().all()
+        assert torch.equal(y, compiled.linear(some.clone(), matrix, dtype=dtype))
 
 
 def before_a_wall(tensor: Tensor) -> Tensor:
@@ -215,13 +276,15 @@ def before_a_wall(tensor: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype, offset=size - len(raw), count=tensor.numel()).view(tensor.shape)
 
 
+@pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_nothing_behind_the_end_is_read(compiled: Kernels, count: int) -> None:
+def test_nothing_behind_the_end_is_read(compiled: Kernels, count: int, dtype: torch.dtype) -> None:
     for matrix in (fp8(9, 137), fp8(16, 64), fp8(17, 601), Matrix(weight=seeded(5, 45).bfloat16(), scale=None)):
         scale = None if matrix.scale is None else before_a_wall(matrix.scale)
-        x = seeded(count, matrix.weight.shape[1])
+        x = seeded(count, matrix.weight.shape[1]).to(dtype).float()
         walled = Matrix(weight=before_a_wall(matrix.weight), scale=scale)
-        assert torch.equal(compiled.linear(before_a_wall(x), walled), compiled.linear(x, matrix))
+        y = compiled.linear(before_a_wall(x), walled, dtype=dtype)
+        assert torch.equal(y, compiled.linear(x, matrix, dtype=dtype))
 
 
 @pytest.mark.skipif(len(WITH_FMA) < 1, reason="this processor has no fused multiply-add")
@@ -302,6 +365,29 @@ def test_each_token_gets_the_same_beside_others(compiled: Kernels) -> None:
     mlp, x = Mlp(gate=gate, up=up, down=down), seeded(40, 300) / 20
     alone = torch.cat([compiled.experts([(mlp, None)], one, dtype=torch.float32)[0] for one in x.split(1)])
     assert torch.equal(compiled.experts([(mlp, None)], x, dtype=torch.float32)[0], alone)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_rows_that_are_picked_are_as_good_as_copies(compiled: Kernels, dtype: torch.dtype) -> None:
+    x = (seeded(30, 300) / 20).to(dtype).float()
+    mlps = [Mlp(gate=gate, up=up, down=down) for gate, up, down in experts_of(300, (70, 200, 8))]
+    tokens = [torch.tensor([3, 4, 9, 17, 29]), torch.tensor([5]), torch.arange(0, 30, 2)]
+    found = compiled.experts(list(zip(mlps, tokens, strict=True)), x, dtype=dtype)
+    for mlp, token, y in zip(mlps, tokens, found, strict=True):
+        assert torch.equal(y, compiled.experts([(mlp, None)], x[token], dtype=dtype)[0])
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_an_expert_is_made_of_its_products(compiled: Kernels, dtype: torch.dtype) -> None:
+    ((gate, up, down),) = experts_of(300, (200,))
+    x = (seeded(20, 300) / 20).to(dtype).float()
+    (found,) = compiled.experts([(Mlp(gate=gate, up=up, down=down), None)], x, dtype=dtype)
+    h = silu(compiled.linear(x, gate, dtype=dtype)) * compiled.linear(x, up, dtype=dtype)
+    h = h.to(dtype).float()
+    # Where exp differs in its last bit, h may be rounded to the next number: half a unit of bfloat16 at most, of a few.
+    bound = 1e-6 if dtype is torch.float32 else 2**-13
+    size = h.abs() @ dequantize(down).abs().T
+    assert ((found - compiled.linear(h, down, dtype=dtype)).abs() <= bound * size + 1e-30).all()
 
 
 def test_parts_are_added_in_their_order(compiled: Kernels) -> None:
