@@ -39,8 +39,8 @@ def tiny(tiny_checkpoint: Path) -> Path:
 OPTIONS = {
     "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop --ctx "
     "--ram --io --pin --dtype --threads --json --quiet",
-    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io --pin --dtype "
-    "--threads --quiet",
+    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io "
+    "--pin --dtype --threads --quiet",
     "logits": "--model --prompt --ids --out --ram --io --pin --dtype --threads --json --quiet",
     "eval": "--model --file --ctx --ram --io --pin --dtype --threads --json --quiet",
     "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --pin --dtype --threads --json --quiet",
