@@ -110,19 +110,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-class Size(click.ParamType):
-    """A number of bytes on the command line: ``500M``, ``16G``, ``1.5GiB``; units are decimal unless they have an i."""
+def parse_size(text: str) -> int:
+    """Bytes of a size on the command line: ``500M``, ``16G``, ``1.5GiB``; decimal units, unless they have an i.
 
-    name = "size"
+    Give it to an option as its type.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Give the bytes as an int."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", value, re.IGNORECASE | re.ASCII)
-        if match is None or (match[3] and not match[2]) or len(value) > 30:
-            self.fail(f"{value!r:.60} is not a size; write it like 500M, 16G or 1.5GiB", param, ctx)
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    Raises:
+        click.BadParameter: It is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE | re.ASCII)
+    if match is None or (match[3] and not match[2]) or len(text) > 30:
+        raise click.BadParameter(f"{text!r:.60} is not a size; write it like 500M, 16G or 1.5GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def format_bytes(count: int | float) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from manifests.console import Size, printable
+from manifests.console import parse_size, printable
 from manifests.errors import SourceNotFoundError, ToolkitError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def memory_options(function: F) -> F:
         ),
         click.option(
             "--ram",
-            type=Size(),
+            type=parse_size,
             metavar="SIZE",
             help="The most memory to take, such as 16G. Default: what the machine has to give.",
         ),

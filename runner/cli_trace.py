@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import Size, json_option, print_json, printable, quiet_option
+from manifests.console import json_option, parse_size, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
 from runner.cli_options import as_dtype, compute_options, model_option, note, read_text, set_threads
 
@@ -118,8 +118,8 @@ def trace(
 @click.command()
 @click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
 @click.option("--experts-in-memory", metavar="N,N,...", help="Windows: experts of all layers that fit into memory.")
-@click.option("--ram", type=Size(), metavar="SIZE", help="The window in bytes, such as 16G; needs --expert-bytes.")
-@click.option("--expert-bytes", type=Size(), metavar="SIZE", help="Bytes of one expert, such as 44050944.")
+@click.option("--ram", type=parse_size, metavar="SIZE", help="The window in bytes, such as 16G; needs --expert-bytes.")
+@click.option("--expert-bytes", type=parse_size, metavar="SIZE", help="Bytes of one expert, such as 44050944.")
 @json_option
 @quiet_option
 def replay(
