@@ -12,9 +12,7 @@ from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
-
-Key = tuple[int, int]
-"""A routed expert: layer and number."""
+from runner.policy import Key
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYERS = "model.layers."

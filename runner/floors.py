@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from runner import background, kernels
-from runner.contents import Contents, Key
+from runner.contents import Contents
 from runner.layout import Layout
 from runner.memory import Region
+from runner.policy import Key
 from runner.reading import Direct, Files, Way
 
 _DISK_BYTES = 1 << 30

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manifests.errors import IntegrityError, UnsupportedModelError
+from manifests.errors import IntegrityError, ManifestError, UnsupportedModelError
 from runner import kernels
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +36,17 @@ class Matrix:
     scale: Tensor | None
     block: tuple[int, int] = (128, 128)
     name: str = "a weight"
+
+
+def stored_matrix(prefix: str, weight: Tensor, scale: Tensor | None) -> Matrix:
+    """A matrix as a checkpoint has it, with the block size yet to be given.
+
+    Raises:
+        ManifestError: It is FP8 and has no scales.
+    """
+    if weight.dtype is torch.float8_e4m3fn and scale is None:
+        raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
+    return Matrix(weight=weight, scale=scale, name=f"{prefix}.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,11 @@ from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, 
 from runner import demo, kernels, machine, trace
 from runner.budget import Sizes, plan_budget
 from runner.config import ModelConfig
-from runner.contents import Contents, Key, pass_order
+from runner.contents import Contents, pass_order
 from runner.engine import Engine
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
 from runner.model import Model
+from runner.policy import Key
 from runner.sampling import SamplingParams
 from runner.telemetry import RunStats, Telemetry
 from runner.text import StopScanner, Text, read_optional_json

@@ -10,12 +10,11 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ManifestError
 from manifests.names import expert_prefix
-from runner.fp8 import Matrix, Mlp, check, widen
+from runner.fp8 import Matrix, Mlp, check, stored_matrix, widen
 
 
 class Expert(Protocol):
@@ -147,10 +146,7 @@ class Parameters:
 
 
 def _held_matrix(expert: Expert, prefix: str) -> Matrix:
-    weight, scale = expert.tensors[f"{prefix}.weight"], expert.tensors.get(f"{prefix}.weight_scale_inv")
-    if weight.dtype is torch.float8_e4m3fn and scale is None:
-        raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
-    return Matrix(weight=weight, scale=scale, name=f"{prefix}.weight")
+    return stored_matrix(prefix, expert.tensors[f"{prefix}.weight"], expert.tensors.get(f"{prefix}.weight_scale_inv"))
 
 
 def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from manifests.errors import IntegrityError, ResourceError
 from runner.background import Background, Load
-from runner.contents import Key
 from runner.layout import Layout
 from runner.memory import Guard, Region, dtype_of
-from runner.policy import Policy
+from runner.policy import Key, Policy
 from runner.reading import Way
 
 GROUP_EXPERTS = 16

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from manifests.errors import IntegrityError, ManifestError, ToolkitError
+from manifests.errors import IntegrityError, ToolkitError
 from runner.background import Background
-from runner.contents import Contents, Key, group_of
+from runner.contents import Contents, group_of
 from runner.dense import DenseWeights
-from runner.fp8 import Matrix
+from runner.fp8 import Matrix, stored_matrix
 from runner.layout import PAGE_BYTES
 from runner.memory import dtype_of
-from runner.policy import Policy
+from runner.policy import Key, Policy
 from runner.reading import Direct, Files, Mapped
 from runner.residency import ExpertWindow, HeldExpert
 from runner.telemetry import Usage
@@ -104,12 +104,8 @@ class WeightStore:
             ManifestError: The weight, or its scales, are not in the checkpoint.
             Others: See `tensor`.
         """
-        weight = self.tensor(f"{prefix}.weight")
-        if weight.dtype is not torch.float8_e4m3fn:
-            return Matrix(weight=weight, scale=None)
-        if f"{prefix}.weight_scale_inv" not in self:
-            raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
-        return Matrix(weight=weight, scale=self.tensor(f"{prefix}.weight_scale_inv"))
+        weight, scale_name = self.tensor(f"{prefix}.weight"), f"{prefix}.weight_scale_inv"
+        return stored_matrix(prefix, weight, self.tensor(scale_name) if scale_name in self else None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape of a tensor, which is not read for it.

@@ -23,10 +23,9 @@ from manifests.errors import IntegrityError, SourceNotFoundError, ToolkitError
 from manifests.inventory import Location
 from runner import kernels
 from runner.background import Background
-from runner.contents import Key
 from runner.layout import Layout, lay_out
 from runner.memory import Region
-from runner.policy import Policy
+from runner.policy import Key, Policy
 from runner.reading import Direct, Files, Mapped
 from runner.residency import GROUP_EXPERTS, ExpertWindow
 
