@@ -89,7 +89,11 @@ class Engine:
             ResourceError: The text does not fit into the context.
             ToolkitError: There is no text, or an id is outside the vocabulary.
         """
-        return torch.cat(list(self.logit_blocks(ids)))
+        logits_TV, row = torch.empty(len(ids), self._model.config.vocab_size), 0
+        for some in self.logit_blocks(ids):
+            logits_TV[row : row + len(some)] = some
+            row += len(some)
+        return logits_TV
 
     def logit_blocks(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """Give the same a few positions at a time, [some, V] float32: of a long text they are more than fits.
