@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from manifests.digest import file_digest, sha256_hex, tensor_digest
 from manifests.errors import ResourceError, ToolkitError
 from manifests.inventory import model_facts
 from manifests.paths import ASIDE_NAME, MANIFEST_NAME
-from manifests.schema import Document, FileEntry, Manifest, Shard, Source, TensorEntry
+from manifests.schema import Document, Manifest, Shard, Source
 from manifests.storage import save, sync_folder
 from reshard.blocks import data_bytes
 from reshard.consume import check_consumable, free_file, peak_bytes, reshard_steps, same_disk
+from reshard.described import file_entry
 from reshard.destination import (
     Hold,
     check_apart,
@@ -42,7 +42,7 @@ from reshard.earlier import (
 from reshard.forecast import made_paths, needed_inodes
 from reshard.journal import CONSUMES, Journal, end_journal
 from reshard.lock import lock_folder
-from reshard.plan import Plan, PlannedFile, SelectionError
+from reshard.plan import Plan, SelectionError
 from reshard.progress import Progress
 from reshard.resume import check_claims
 from reshard.source import SourceCheckpoint
@@ -395,7 +395,11 @@ class _Run:
             ),
         )
         # One by one: all entries of a large checkpoint at once would take more memory than moving it.
-        save(manifest, self._destination, files=(_entry(file, durable) for file in self._plan.files))
+        save(
+            manifest,
+            self._destination,
+            files=(file_entry(file, lambda tensor: durable.tensors[tensor.name]) for file in self._plan.files),
+        )
 
     def _kept_bytes(self, durable: Durable) -> int:
         return sum(
@@ -404,36 +408,3 @@ class _Run:
 
     def _is_there(self, shard: str) -> bool:
         return (self._source.root / shard).exists()
-
-
-def _entry(file: PlannedFile, durable: Durable) -> FileEntry:
-    """A finished file as the manifest describes it."""
-    header_sha256 = sha256_hex(file.header)
-    tensors = []
-    for tensor in file.tensors:
-        chunks = durable.tensors[tensor.name]
-        tensors.append(
-            TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                offset=tensor.output_offset,
-                size=tensor.size,
-                digest=tensor_digest(chunks),
-                chunks=chunks if len(chunks) > 1 else (),
-                logical_shape=tensor.shape,
-                source_name=tensor.name,
-            )
-        )
-    return FileEntry(
-        path=file.path,
-        kind=file.place.kind,
-        layer=file.place.layer,
-        expert=file.place.expert,
-        size=file.size,
-        unpacked_size=file.size,
-        header_size=len(file.header),
-        header_sha256=header_sha256,
-        digest=file_digest(header_sha256, (tensor.digest for tensor in tensors if tensor.digest)),
-        tensors=tuple(tensors),
-    )

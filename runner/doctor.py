@@ -21,6 +21,7 @@ from manifests.errors import IncompleteError, IntegrityError, ManifestError, Too
 from runner import demo, machine
 from runner.budget import plan_budget
 from runner.config import ModelConfig
+from runner.expected import main_tensors
 from runner.forecast import Forecast, Rates, forecast
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
@@ -296,19 +297,22 @@ def _check_files(checkpoint: manifests.Checkpoint) -> None:
 
 
 def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> None:
-    missing = [name for name in needed_tensors(config) if name not in checkpoint]
+    needed = dict(main_tensors(config))
+    missing = [name for name in needed if name not in checkpoint]
     if missing:
         message = f"{len(missing)} tensors that config.json asks for are not there, first {missing[0]}"
         if not checkpoint.manifest.selection.is_everything:
             raise IncompleteError(f"{message}; this is a partial checkpoint, reshard without --layers and --experts")
         raise ManifestError(f"{message}; config.json belongs to another checkpoint, or the checkpoint is not whole")
+    # These need torch, which was found.
     from runner.memory import dtype_of
+    from runner.parameters import check_shape
 
-    needed = set(needed_tensors(config))
     for file in checkpoint.manifest.files:
         for tensor in file.tensors:
-            if tensor.name in needed:
+            if (shape := needed.get(tensor.name)) is not None:
                 dtype_of(tensor.name, tensor.dtype)
+                check_shape(tensor.name, tensor.shape, shape)
     without_scales = checkpoint.missing_scales()
     if without_scales:
         raise ManifestError(f"{len(without_scales)} FP8 weights have no scales, first {without_scales[0]}")
@@ -321,33 +325,6 @@ def _check_vocabulary(tokenizer_ids: int, vocab_size: int) -> None:
             f"tokenizer.json has {tokenizer_ids} ids, but config.json has vocab_size {vocab_size}; "
             "they are not of one model"
         )
-
-
-def needed_tensors(config: ModelConfig) -> Iterator[str]:
-    """Names of all tensors of the main model, without scales and without MTP layers."""
-    yield "model.embed_tokens.weight"
-    queries = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_a_layernorm", "q_b_proj")
-    attention = (*queries, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        yield from (f"{prefix}.self_attn.{name}.weight" for name in attention)
-        if layer < config.first_k_dense_replace:
-            yield from _mlp(f"{prefix}.mlp")
-        else:
-            yield f"{prefix}.mlp.gate.weight"
-            if config.topk_method == "noaux_tc":
-                yield f"{prefix}.mlp.gate.e_score_correction_bias"
-            if config.n_shared_experts:
-                yield from _mlp(f"{prefix}.mlp.shared_experts")
-            for expert in range(config.n_routed_experts):
-                yield from _mlp(f"{prefix}.mlp.experts.{expert}")
-        yield from (f"{prefix}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
-    yield "model.norm.weight"
-    yield "lm_head.weight"
-
-
-def _mlp(prefix: str) -> Iterator[str]:
-    return (f"{prefix}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 def _size(count: int | None) -> str:

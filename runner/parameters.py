@@ -85,7 +85,7 @@ class Parameters:
             IntegrityError: It has another shape.
         """
         stored = self._weights.tensor(name)
-        _check_shape(name, tuple(stored.shape), (size,))
+        check_shape(name, tuple(stored.shape), (size,))
         return widen(stored, name)
 
     def rows(self, name: str, ids_T: Tensor, rows: int, columns: int) -> Tensor:
@@ -94,7 +94,7 @@ class Parameters:
         Raises:
             IntegrityError: It has another shape.
         """
-        _check_shape(name, self._weights.shape(name), (rows, columns))
+        check_shape(name, self._weights.shape(name), (rows, columns))
         return widen(self._weights.rows(name, ids_T.tolist()), name)
 
     def mlp(self, prefix: str, width: int, hidden: int) -> Mlp:
@@ -137,7 +137,7 @@ class Parameters:
         return cast(Mlp, expert.prepared)
 
     def _sized(self, matrix: Matrix, rows: int, columns: int) -> Matrix:
-        _check_shape(matrix.name, tuple(matrix.weight.shape), (rows, columns))
+        check_shape(matrix.name, tuple(matrix.weight.shape), (rows, columns))
         if matrix.scale is not None and self._block is None:
             raise ManifestError(
                 f"{matrix.name} has block scales, but config.json has no quantization_config to size them"
@@ -155,7 +155,12 @@ def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:
     return Mlp(gate=gate, up=up, down=down)
 
 
-def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Refuse a tensor whose shape is not the one wanted.
+
+    Raises:
+        IntegrityError: It is not.
+    """
     if shape != wanted:
         raise IntegrityError(
             f"{name} has shape {list(shape)}, but config.json asks for {list(wanted)}; "

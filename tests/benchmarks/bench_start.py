@@ -26,12 +26,13 @@ from report import finish, say
 from scratch import workspace
 from sparse import write_sparse
 
-from manifests.digest import file_digest, tensor_digest
+from manifests.digest import CHUNK_BYTES
 from manifests.inventory import model_facts
-from manifests.schema import FileEntry, Manifest, Selection, Shard, Source, TensorEntry
+from manifests.schema import Manifest, Selection, Shard, Source
 from manifests.storage import save
+from reshard.described import file_entry
 from reshard.documents import header_paths, write_kept
-from reshard.plan import PlannedFile, make_plan
+from reshard.plan import PlannedTensor, make_plan
 from reshard.source import read_source
 
 _MEASURE = """
@@ -93,40 +94,12 @@ def describe(layout: Layout, folder: Path) -> None:
         documents=tuple(sorted(documents, key=lambda document: document.path)),
         source=Source(kind="safetensors", shards=shards),
     )
-    save(manifest, out, files=(_entry(file) for file in plan.files))
+    save(manifest, out, files=(file_entry(file, _any_chunks) for file in plan.files))
     say(f"{len(plan.files):,} files, manifest of {(out / 'manifest.json').stat().st_size:,} bytes")
 
 
-def _entry(file: PlannedFile) -> FileEntry:
-    tensors = []
-    for tensor in file.tensors:
-        chunks = tuple(_any_sha256(f"{tensor.name} {at}") for at in range(0, tensor.size, 16 << 20))
-        tensors.append(
-            TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                offset=tensor.output_offset,
-                size=tensor.size,
-                digest=tensor_digest(chunks),
-                chunks=chunks if len(chunks) > 1 else (),
-                logical_shape=tensor.shape,
-                source_name=tensor.name,
-            )
-        )
-    header = _any_sha256(file.path)
-    return FileEntry(
-        path=file.path,
-        kind=file.place.kind,
-        layer=file.place.layer,
-        expert=file.place.expert,
-        size=file.size,
-        unpacked_size=file.size,
-        header_size=len(file.header),
-        header_sha256=header,
-        digest=file_digest(header, (tensor.digest for tensor in tensors if tensor.digest)),
-        tensors=tuple(tensors),
-    )
+def _any_chunks(tensor: PlannedTensor) -> tuple[str, ...]:
+    return tuple(_any_sha256(f"{tensor.name} {at}") for at in range(0, tensor.size, CHUNK_BYTES))
 
 
 def _any_sha256(text: str) -> str:
