@@ -6,6 +6,8 @@ shared by all heads: 576 numbers for DeepSeek-V3, where plain keys and values wo
 Shapes: T new tokens, S tokens in the cache, C latent (kv_lora_rank), R rotary part (qk_rope_head_dim).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,26 @@ _FIRST_POSITIONS = 256
 
 
 class LatentCache:
-    """Latents and rotary keys of one text, float32, for every layer of the main model.
+    """Latents and rotary keys of one text, float32, for some layers.
 
     Memory grows by doubling as the text does, up to ``ctx`` positions.
 
     Args:
         config: The model.
         ctx: The most positions it may hold.
+        layers: Which ones; those of the main model when not given.
 
     Attributes:
         ctx: As given.
         length: Positions held by every layer.
     """
 
-    def __init__(self, config: ModelConfig, ctx: int) -> None:
+    def __init__(self, config: ModelConfig, ctx: int, layers: Sequence[int] | None = None) -> None:
         self.ctx = ctx
         self.length = 0
-        layers = range(config.num_hidden_layers)
-        self._c = [torch.empty(0, config.kv_lora_rank) for _ in layers]
-        self._k_pe = [torch.empty(0, config.qk_rope_head_dim) for _ in layers]
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self._c = {layer: torch.empty(0, config.kv_lora_rank) for layer in layers}
+        self._k_pe = {layer: torch.empty(0, config.qk_rope_head_dim) for layer in layers}
 
     def check_room(self, count: int) -> None:
         """Refuse to take more positions than there are.

@@ -64,3 +64,22 @@ def _mlp(prefix: str, width: int, hidden: int) -> Expected:
     yield f"{prefix}gate_proj.weight", (width, hidden)
     yield f"{prefix}up_proj.weight", (width, hidden)
     yield f"{prefix}down_proj.weight", (hidden, width)
+
+
+def mtp_tensors(config: ModelConfig) -> Expected:
+    """Those of the MTP layer, without its copies of embedding and head."""
+    layer, hidden = config.num_hidden_layers, config.hidden_size
+    prefix = f"model.layers.{layer}."
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        yield f"{prefix}{name}.weight", (hidden,)
+    yield f"{prefix}eh_proj.weight", (hidden, 2 * hidden)
+    yield from _decoder_layer(config, layer)
+
+
+def mtp_copies(config: ModelConfig) -> dict[str, str]:
+    """Names of the MTP layer's copies of embedding and head, each with what it is a copy of."""
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    return {
+        f"{prefix}embed_tokens.weight": "model.embed_tokens.weight",
+        f"{prefix}shared_head.head.weight": "lm_head.weight",
+    }

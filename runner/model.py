@@ -1,7 +1,7 @@
 """The decoder: token ids in, hidden states and logits out. It knows tensors and names, never paths or text.
 
 Weights are fetched at the moment of use, so building a model touches none. The residual stream and all norms
-are float32. The MTP module (layer ``num_hidden_layers``) is not asked for.
+are float32. The MTP layer behind them is in mtp.py.
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ToolkitError
-from runner.attention import Attention
-from runner.budget import BLOCK_TOKENS
 from runner.cache import LatentCache
 from runner.config import ModelConfig
 from runner.fp8 import linear
-from runner.moe import MoE, Observer, swiglu
+from runner.layer import DecoderLayer
+from runner.moe import Observer
 from runner.norm import rms_norm
 from runner.parameters import Parameters, Weights
-from runner.rope import Rope, Rotation
+from runner.rope import Rope
 
 
 class Model:
@@ -45,10 +44,18 @@ class Model:
         self._parameters = Parameters(weights, config.weight_block_size)
         self._rope = Rope(config)
         self._layers = [
-            _DecoderLayer(config, self._parameters, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, self._parameters, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
         ]
 
     def hidden(self, ids: Tensor, cache: LatentCache) -> Tensor:
+        """Run T new tokens after those in the cache, and give what the head takes: [T, D] float32.
+
+        Raises:
+            See `stream`.
+        """
+        return self.norm(self.stream(ids, cache))
+
+    def stream(self, ids: Tensor, cache: LatentCache) -> Tensor:
         """Run T new tokens after those in the cache, which then holds them too.
 
         Args:
@@ -56,7 +63,7 @@ class Model:
             cache: Of this model's config.
 
         Returns:
-            [T, D] float32, after the final norm.
+            [T, D] float32, the residual stream behind the last layer.
 
         Raises:
             ResourceError: The cache has no room for them; it is unchanged.
@@ -73,41 +80,14 @@ class Model:
         for layer in self._layers:
             layer(x_TD, cache, rotation, self.observer)
         cache.advance(count)
-        weight = self._parameters.vector("model.norm.weight", config.hidden_size)
-        return rms_norm(x_TD, weight, config.rms_norm_eps)
+        return x_TD
+
+    def norm(self, stream: Tensor) -> Tensor:
+        """Apply the final norm, [T, D] to [T, D]."""
+        weight = self._parameters.vector("model.norm.weight", self.config.hidden_size)
+        return rms_norm(stream, weight, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head: [T, D] float32 to [T, V] float32."""
         head = self._parameters.matrix("lm_head", self.config.vocab_size, self.config.hidden_size)
         return linear(hidden, head, dtype=self.dtype)
-
-
-class _DecoderLayer:
-    """Attention, then a dense MLP (the first layers) or a mixture of experts, each on the normed residual."""
-
-    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int, *, dtype: torch.dtype) -> None:
-        self._config = config
-        self._parameters = parameters
-        self._prefix = f"model.layers.{layer}"
-        self._dtype = dtype
-        self._attention = Attention(config, parameters, layer, dtype=dtype)
-        dense = layer < config.first_k_dense_replace
-        self._moe = None if dense else MoE(config, parameters, layer, dtype=dtype)
-
-    def __call__(self, x_TD: Tensor, cache: LatentCache, rotation: Rotation, observer: Observer | None) -> None:
-        """Add to the residual stream, in place: a block of tokens at a time, but all of them to each expert."""
-        blocks = [slice(begin, begin + BLOCK_TOKENS) for begin in range(0, len(x_TD), BLOCK_TOKENS)]
-        for block in blocks:
-            normed_tD = self._norm(x_TD[block], "input_layernorm")
-            x_TD[block] += self._attention(normed_tD, cache, rotation[block], block.start)
-        if self._moe is not None:
-            x_TD += self._moe(self._norm(x_TD, "post_attention_layernorm"), observer)
-            return
-        width = self._config.intermediate_size
-        for block in blocks:
-            normed_tD = self._norm(x_TD[block], "post_attention_layernorm")
-            x_TD[block] += swiglu(normed_tD, self._parameters, f"{self._prefix}.mlp", width, dtype=self._dtype)
-
-    def _norm(self, x_TD: Tensor, name: str) -> Tensor:
-        weight = self._parameters.vector(f"{self._prefix}.{name}.weight", self._config.hidden_size)
-        return rms_norm(x_TD, weight, self._config.rms_norm_eps)

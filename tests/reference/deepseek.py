@@ -19,19 +19,43 @@ NORM_EPS_OF_LOW_RANK = 1e-6
 
 def forward(config: Config, weights: Weights, ids: list[int]) -> Tensor:
     """Logits after every token, [T, V] float64."""
-    x = [weights["model.embed_tokens.weight"][one].double() for one in ids]
+    x = stream(config, weights, ids)
     eps = config["rms_norm_eps"]
-    for layer in range(config["num_hidden_layers"]):
-        p = f"model.layers.{layer}"
-        normed = [norm(one, weights[f"{p}.input_layernorm.weight"], eps) for one in x]
-        x = [one + y for one, y in zip(x, attention(config, weights, f"{p}.self_attn", normed), strict=True)]
-        normed = [norm(one, weights[f"{p}.post_attention_layernorm.weight"], eps) for one in x]
-        dense = layer < config["first_k_dense_replace"]
-        x = [
-            one + (mlp(weights, f"{p}.mlp", y) if dense else moe(config, weights, f"{p}.mlp", y))
-            for one, y in zip(x, normed, strict=True)
-        ]
     out = [matvec(weights, "lm_head", norm(one, weights["model.norm.weight"], eps)) for one in x]
+    return torch.stack(out)
+
+
+def stream(config: Config, weights: Weights, ids: list[int]) -> list[Tensor]:
+    """The residual stream of every token behind the last layer."""
+    x = [weights["model.embed_tokens.weight"][one].double() for one in ids]
+    for layer in range(config["num_hidden_layers"]):
+        x = decoder_layer(config, weights, layer, x)
+    return x
+
+
+def decoder_layer(config: Config, weights: Weights, layer: int, x: list[Tensor]) -> list[Tensor]:
+    """A whole layer on a whole text."""
+    p, eps = f"model.layers.{layer}", config["rms_norm_eps"]
+    normed = [norm(one, weights[f"{p}.input_layernorm.weight"], eps) for one in x]
+    x = [one + y for one, y in zip(x, attention(config, weights, f"{p}.self_attn", normed), strict=True)]
+    normed = [norm(one, weights[f"{p}.post_attention_layernorm.weight"], eps) for one in x]
+    dense = layer < config["first_k_dense_replace"]
+    return [
+        one + (mlp(weights, f"{p}.mlp", y) if dense else moe(config, weights, f"{p}.mlp", y))
+        for one, y in zip(x, normed, strict=True)
+    ]
+
+
+def mtp(config: Config, weights: Weights, hidden: list[Tensor], following: list[int]) -> Tensor:
+    """Logits of the MTP layer, [T, V] float64, from a hidden state and the token that follows it, for a whole text."""
+    layer, eps = config["num_hidden_layers"], config["rms_norm_eps"]
+    p = f"model.layers.{layer}"
+    x = []
+    for h, one in zip(hidden, following, strict=True):
+        embedded = norm(weights["model.embed_tokens.weight"][one].double(), weights[f"{p}.enorm.weight"], eps)
+        x.append(matvec(weights, f"{p}.eh_proj", torch.cat([embedded, norm(h, weights[f"{p}.hnorm.weight"], eps)])))
+    x = decoder_layer(config, weights, layer, x)
+    out = [matvec(weights, "lm_head", norm(one, weights[f"{p}.shared_head.norm.weight"], eps)) for one in x]
     return torch.stack(out)
 
 

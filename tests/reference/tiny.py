@@ -163,61 +163,81 @@ def make_weights(config: Config, quantize: Any, seed: int = 0) -> dict[str, Tens
         quantize: The FP8 quantiser of this folder.
         seed: Of the weights.
     """
-    generator = torch.Generator().manual_seed(seed)
-    fp8 = config.get("quantization_config") is not None
-    tensors: dict[str, Tensor] = {}
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def matrix(name: str, rows: int, columns: int, gain: float = 1.0, plain: bool = False) -> None:
-        weight = normal(rows, columns) * gain * columns**-0.5
-        if plain or not fp8:
-            tensors[f"{name}.weight"] = weight.bfloat16()
-            return
-        gains = 2 ** (3 * torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) - 1.5)
-        weight *= gains.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_inv"] = quantize(weight)
-
-    def norm(name: str, size: int) -> None:
-        tensors[f"{name}.weight"] = (1 + 0.25 * normal(size)).bfloat16()
-
-    def mlp(name: str, width: int) -> None:
-        matrix(f"{name}.gate_proj", width, hidden, 1.5)
-        matrix(f"{name}.up_proj", width, hidden)
-        matrix(f"{name}.down_proj", hidden, width, 1.5)
-
-    hidden, heads, experts = config["hidden_size"], config["num_attention_heads"], config["n_routed_experts"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    q_rank, kv_rank, width = config["q_lora_rank"], config["kv_lora_rank"], config["moe_intermediate_size"]
-    tensors["model.embed_tokens.weight"] = normal(config["vocab_size"], hidden).bfloat16()
+    made = _Maker(config, quantize, seed)
+    made.tensors["model.embed_tokens.weight"] = made.normal(config["vocab_size"], config["hidden_size"]).bfloat16()
     for layer in range(config["num_hidden_layers"]):
-        p = f"model.layers.{layer}"
+        made.layer(layer)
+    made.norm("model.norm", config["hidden_size"])
+    made.matrix("lm_head", config["vocab_size"], config["hidden_size"], 2.0, plain=True)
+    return made.tensors
+
+
+def make_mtp_weights(config: Config, quantize: Any, seed: int = 1) -> dict[str, Tensor]:
+    """The MTP layer behind them, without copies of embedding and head."""
+    made, hidden, layer = _Maker(config, quantize, seed), config["hidden_size"], config["num_hidden_layers"]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        made.norm(f"model.layers.{layer}.{name}", hidden)
+    made.matrix(f"model.layers.{layer}.eh_proj", hidden, 2 * hidden, 1.5, plain=True)
+    made.layer(layer)
+    return made.tensors
+
+
+class _Maker:
+    def __init__(self, config: Config, quantize: Any, seed: int) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._config = config
+        self._quantize = quantize
+        self._fp8 = config.get("quantization_config") is not None
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0, plain: bool = False) -> None:
+        weight = self.normal(rows, columns) * gain * columns**-0.5
+        if plain or not self._fp8:
+            self.tensors[f"{name}.weight"] = weight.bfloat16()
+            return
+        gains = 2 ** (3 * torch.rand(-(-rows // 128), -(-columns // 128), generator=self._generator) - 1.5)
+        weight *= gains.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale_inv"] = self._quantize(weight)
+
+    def norm(self, name: str, size: int) -> None:
+        self.tensors[f"{name}.weight"] = (1 + 0.25 * self.normal(size)).bfloat16()
+
+    def mlp(self, name: str, width: int) -> None:
+        hidden = self._config["hidden_size"]
+        self.matrix(f"{name}.gate_proj", width, hidden, 1.5)
+        self.matrix(f"{name}.up_proj", width, hidden)
+        self.matrix(f"{name}.down_proj", hidden, width, 1.5)
+
+    def layer(self, layer: int) -> None:
+        config, p = self._config, f"model.layers.{layer}"
+        hidden, heads, experts = config["hidden_size"], config["num_attention_heads"], config["n_routed_experts"]
+        nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+        q_rank, kv_rank, width = config["q_lora_rank"], config["kv_lora_rank"], config["moe_intermediate_size"]
         if q_rank:
-            matrix(f"{p}.self_attn.q_a_proj", q_rank, hidden)
-            norm(f"{p}.self_attn.q_a_layernorm", q_rank)
-            matrix(f"{p}.self_attn.q_b_proj", heads * (nope + rope), q_rank)
+            self.matrix(f"{p}.self_attn.q_a_proj", q_rank, hidden)
+            self.norm(f"{p}.self_attn.q_a_layernorm", q_rank)
+            self.matrix(f"{p}.self_attn.q_b_proj", heads * (nope + rope), q_rank)
         else:
-            matrix(f"{p}.self_attn.q_proj", heads * (nope + rope), hidden)
-        matrix(f"{p}.self_attn.kv_a_proj_with_mqa", kv_rank + rope, hidden)
-        norm(f"{p}.self_attn.kv_a_layernorm", kv_rank)
-        matrix(f"{p}.self_attn.kv_b_proj", heads * (nope + value), kv_rank)
-        matrix(f"{p}.self_attn.o_proj", hidden, heads * value)
+            self.matrix(f"{p}.self_attn.q_proj", heads * (nope + rope), hidden)
+        self.matrix(f"{p}.self_attn.kv_a_proj_with_mqa", kv_rank + rope, hidden)
+        self.norm(f"{p}.self_attn.kv_a_layernorm", kv_rank)
+        self.matrix(f"{p}.self_attn.kv_b_proj", heads * (nope + value), kv_rank)
+        self.matrix(f"{p}.self_attn.o_proj", hidden, heads * value)
         if layer < config["first_k_dense_replace"]:
-            mlp(f"{p}.mlp", config["intermediate_size"])
+            self.mlp(f"{p}.mlp", config["intermediate_size"])
         else:
-            matrix(f"{p}.mlp.gate", experts, hidden, 2.0, plain=True)
+            self.matrix(f"{p}.mlp.gate", experts, hidden, 2.0, plain=True)
             if config["topk_method"] == "noaux_tc":
-                tensors[f"{p}.mlp.gate.e_score_correction_bias"] = 0.3 * normal(experts) - 0.7
+                self.tensors[f"{p}.mlp.gate.e_score_correction_bias"] = 0.3 * self.normal(experts) - 0.7
             for expert in range(experts):
-                mlp(f"{p}.mlp.experts.{expert}", width)
+                self.mlp(f"{p}.mlp.experts.{expert}", width)
             if config["n_shared_experts"]:
-                mlp(f"{p}.mlp.shared_experts", width * config["n_shared_experts"])
-        norm(f"{p}.input_layernorm", hidden)
-        norm(f"{p}.post_attention_layernorm", hidden)
-    norm("model.norm", hidden)
-    matrix("lm_head", config["vocab_size"], hidden, 2.0, plain=True)
-    return tensors
+                self.mlp(f"{p}.mlp.shared_experts", width * config["n_shared_experts"])
+        self.norm(f"{p}.input_layernorm", hidden)
+        self.norm(f"{p}.post_attention_layernorm", hidden)
 
 
 def expand(tensors: dict[str, Tensor], dequantize: Any) -> dict[str, Tensor]:

@@ -260,8 +260,9 @@ def _load_reference(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def reference() -> SimpleNamespace:
-    """The oracles of tests/reference: ``attention``, ``deepseek``, ``fp8``; and ``tiny``, models to run them on."""
-    return SimpleNamespace(**{name: _load_reference(name) for name in ("attention", "deepseek", "fp8", "tiny")})
+    """The oracles of tests/reference, and ``tiny``, models to run them on."""
+    names = ("attention", "deepseek", "fp8", "huggingface", "tiny")
+    return SimpleNamespace(**{name: _load_reference(name) for name in names})
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ Where transformers itself departs from DeepSeek, and what is done here:
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,41 +34,9 @@ TOLERANCE = 2e-4
 FAMILIES = ["v3", "kimi", "moonlight", "v2_lite", "v2"]
 
 
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    """Slow to import (seconds), hence here and nowhere else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers  # noqa: PLC0415
-
-        return transformers
-
-
-def oracle_config(transformers: Any, raw: dict[str, Any]) -> Any:
-    """Their config class, from config.json as published: old rope_scaling and all."""
-    version = "V2" if raw["model_type"] == "deepseek_v2" else "V3"
-    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-    kind = getattr(transformers, f"Deepseek{version}Config")
-    return kind.from_dict(plain | {"model_type": f"deepseek_{version.lower()}"})
-
-
-def fuse_experts(plain: dict[str, Tensor], raw: dict[str, Any]) -> dict[str, Tensor]:
-    """Our per-expert names to the stacked ones that transformers 5 has in memory."""
-    state = {name: tensor for name, tensor in plain.items() if ".experts." not in name}
-    for layer in range(raw["first_k_dense_replace"], raw["num_hidden_layers"]):
-        prefix, ids = f"model.layers.{layer}.mlp.experts", range(raw["n_routed_experts"])
-        gate, up, down = (
-            torch.stack([plain[f"{prefix}.{expert}.{part}_proj.weight"] for expert in ids])
-            for part in ("gate", "up", "down")
-        )
-        state[f"{prefix}.gate_up_proj"], state[f"{prefix}.down_proj"] = torch.cat((gate, up), dim=1), down
-    return state
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(
     request: pytest.FixtureRequest,
-    transformers: Any,
     reference: SimpleNamespace,
     tiny_configs: dict[str, dict[str, Any]],
     tiny_weights: Callable[[str], dict[str, Tensor]],
@@ -77,11 +44,7 @@ def case(
     """Our model, a prompt of 24 tokens, and the oracle's logits for it."""
     raw, weights = tiny_configs[request.param], tiny_weights(request.param)
     plain = reference.tiny.expand(weights, reference.fp8.dequantize)
-    their_config = oracle_config(transformers, raw)
-    their_config._attn_implementation = "eager"
-    kind = {"deepseek_v2": "DeepseekV2ForCausalLM"}.get(raw["model_type"], "DeepseekV3ForCausalLM")
-    theirs = getattr(transformers, kind)(their_config).eval().float()
-    theirs.load_state_dict(fuse_experts(plain, raw), strict=True)
+    theirs = reference.huggingface.main_model(raw, plain)
     ids = torch.randint(0, raw["vocab_size"], (24,), generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
         logits = theirs(ids.unsqueeze(0)).logits[0]
@@ -120,7 +83,7 @@ def test_attention_and_position_matter_in_the_oracle(case: SimpleNamespace) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_saved_by_transformers_means_the_same(
-    transformers: Any, tiny_configs: dict[str, dict[str, Any]], family: str
+    reference: SimpleNamespace, tiny_configs: dict[str, dict[str, Any]], family: str
 ) -> None:
     """It has rope_parameters with the base inside, and neither scoring_func nor topk_method for V3."""
     raw = {key: value for key, value in tiny_configs[family].items() if key != "quantization_config"}
@@ -128,7 +91,7 @@ def test_a_config_saved_by_transformers_means_the_same(
     bare = {key: value for key, value in raw.items() if key not in ("scoring_func", "topk_method")}
     if family == "v2":
         bare["topk_method"] = raw["topk_method"]
-    saved = json.loads(oracle_config(transformers, bare).to_json_string(use_diff=False))
+    saved = json.loads(reference.huggingface.model_config(bare).to_json_string(use_diff=False))
     assert "rope_parameters" in saved
     assert "rope_scaling" not in saved
     assert "scoring_func" not in saved
