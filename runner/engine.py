@@ -12,7 +12,8 @@ from manifests.errors import ResourceError, ToolkitError
 from runner.budget import PASS_TOKENS
 from runner.cache import LatentCache
 from runner.model import Model
-from runner.sampling import SamplingParams, sample
+from runner.sampling import SamplingParams
+from runner.speculative import Speculation, accept
 
 _HEAD_ROWS = 128
 """Positions whose logits are made at once, beside those that are given back."""
@@ -25,17 +26,21 @@ class Engine:
         model: What to run.
         ctx: The most positions a text may have.
         pass_tokens: The most tokens that go through the layers together.
+        speculation: Guesses tokens to check several in a pass; None for one token a pass.
 
     Raises:
         ResourceError: ``ctx`` is not within the positions that the model was made for.
     """
 
-    def __init__(self, model: Model, *, ctx: int, pass_tokens: int = PASS_TOKENS) -> None:
+    def __init__(
+        self, model: Model, *, ctx: int, pass_tokens: int = PASS_TOKENS, speculation: Speculation | None = None
+    ) -> None:
         limit = model.config.max_position_embeddings
         if not 1 <= ctx <= limit:
             raise ResourceError(f"a context of {ctx} positions was asked for; this model takes 1 to {limit}")
         self._model = model
         self._pass_tokens = pass_tokens
+        self._speculation = speculation
         self._cache = LatentCache(model.config, ctx)
         self._held: list[int] = []  # the ids whose positions the cache holds
 
@@ -65,13 +70,26 @@ class Engine:
         self, timeline: list[int], end: int, sampling: SamplingParams, eos_ids: frozenset[int]
     ) -> Iterator[int]:
         while len(timeline) < end:
-            # The cache is brought to the timeline at every step: another text may have run in between.
-            logits_V = self._model.logits(self._advance(timeline))[0]
-            chosen = sample(logits_V, sampling, len(timeline))
-            if chosen in eos_ids:
-                return
-            timeline.append(chosen)
-            yield chosen
+            for chosen in self._next(timeline, end - len(timeline), sampling):
+                if chosen in eos_ids:
+                    return
+                timeline.append(chosen)
+                yield chosen
+
+    def _next(self, timeline: list[int], most: int, sampling: SamplingParams) -> list[int]:
+        """Choose the next tokens, one or more, of one pass."""
+        # The cache is brought to the timeline at every step: another text may have run in between.
+        self._return_to(timeline)
+        if self._speculation is None:
+            return accept(self._model.logits(self._advance(timeline)), [], sampling, len(timeline))
+        with self._speculation.step():
+            # Room for guesses is in the text to come, in the context, and in one pass.
+            room = min(most, self._cache.ctx - len(timeline) + 1, self._pass_tokens) - 1
+            guesses = self._speculation.propose(timeline, room, sampling)
+            hidden = self._advance([*timeline, *guesses], 1 + len(guesses))
+            chosen = accept(self._model.logits(hidden), guesses, sampling, len(timeline))
+            self._speculation.settle(len(chosen) - 1)
+        return chosen
 
     def last_logits(self, ids: Sequence[int]) -> Tensor:
         """Give the logits after the last position of a text, [V] float32.
@@ -80,7 +98,9 @@ class Engine:
             ResourceError: The text does not fit into the context.
             ToolkitError: There is no text, or an id is outside the vocabulary.
         """
-        return self._model.logits(self._advance(self._checked(ids)))[0]
+        timeline = self._checked(ids)
+        self._return_to(timeline)
+        return self._model.logits(self._advance(timeline))[0]
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Give the logits after every position of a text, [T, V] float32, one chunk of rows at a time.
@@ -124,21 +144,30 @@ class Engine:
             )
         return timeline
 
-    def _advance(self, timeline: list[int]) -> Tensor:
-        """Bring the cache to the whole timeline and give the hidden state of its last token, [1, D]."""
+    def _return_to(self, timeline: list[int]) -> None:
+        """Drop what the cache holds beyond its common beginning with a text."""
         # The last token is always run: its hidden state is not kept.
         self._rewind(min(_common_prefix(self._held, timeline), len(timeline) - 1))
+
+    def _advance(self, timeline: list[int], rows: int = 1) -> Tensor:
+        """Bring the cache to the whole timeline and give the hidden states of its last tokens, [rows, D]."""
         hidden = torch.empty(0)
         for begin in range(len(self._held), len(timeline), self._pass_tokens):
             hidden = self._extend(timeline[begin : begin + self._pass_tokens])
-        return hidden[-1:]
+        return hidden[-rows:]
 
     def _extend(self, ids: list[int]) -> Tensor:
-        hidden = self._model.hidden(torch.tensor(ids), self._cache)
+        stream = self._model.stream(torch.tensor(ids), self._cache)
+        hidden = self._model.norm(stream)
+        begin = len(self._held)
         self._held.extend(ids)
+        if self._speculation is not None:
+            self._speculation.observe(begin, self._held, stream, hidden)
         return hidden
 
     def _rewind(self, length: int) -> None:
+        if self._speculation is not None:
+            length = self._speculation.rewind(length)
         # In this order: an interrupt between the two leaves fewer ids than positions, which the next call mends.
         del self._held[length:]
         self._cache.truncate(length)

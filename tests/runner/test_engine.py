@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import runner.engine
 from manifests.errors import ResourceError, ToolkitError
 from runner.cache import LatentCache
 from runner.config import ModelConfig
 from runner.engine import Engine
 from runner.model import Model
-from runner.sampling import SamplingParams
+from runner.sampling import SamplingParams, sample
 
 GREEDY = SamplingParams()
 RANDOM = SamplingParams(temperature=1.5, top_k=40, seed=8)
@@ -29,9 +28,9 @@ class CountingModel(Model):
         super().__init__(config, weights)
         self.passes: list[int] = []
 
-    def hidden(self, ids: Tensor, cache: LatentCache) -> Tensor:
+    def stream(self, ids: Tensor, cache: LatentCache) -> Tensor:
         self.passes.append(len(ids))
-        return super().hidden(ids, cache)
+        return super().stream(ids, cache)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_generation_equals_running_the_whole_text_each_time(model: CountingModel
     timeline = list(ids)
     for _ in range(12):
         logits = model.logits(model.hidden(torch.tensor(timeline), LatentCache(model.config, 50)))[-1]
-        timeline.append(runner.engine.sample(logits, sampling, len(timeline)))
+        timeline.append(sample(logits, sampling, len(timeline)))
     assert len(set(timeline[9:])) > 4  # a loop of one token would prove little
     assert fresh(model, ids, 12, sampling) == timeline[9:]
 

@@ -1,0 +1,116 @@
+"""Speculative decoding: tokens are guessed, the model checks all of them in one pass, what is right is kept.
+
+A guess is right when it is the very token that the model chooses there. Choices depend on logits, seed and position
+alone, so the text is the same with and without guesses, greedy or sampled, and so is its distribution.
+
+Shapes: T positions, D hidden, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from runner.budget import BLOCK_TOKENS
+from runner.drafter import Drafter
+from runner.pace import Pace
+from runner.sampling import SamplingParams, sample
+
+
+class Speculation:
+    """Guesses for an engine, and a record of what they cost and gave.
+
+    Args:
+        drafter: Makes them.
+        tokens: Most guesses of one pass.
+        pace: Says when to guess.
+        read_bytes: Counts what was read from the disk so far.
+        clock: Seconds.
+
+    Attributes:
+        pace: As given.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        tokens: int,
+        pace: Pace,
+        *,
+        read_bytes: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.pace = pace
+        self._drafter = drafter
+        self._tokens = tokens
+        self._read_bytes = read_bytes
+        self._clock = clock
+        self._guesses = self._right = self._ran = 0
+        self._caught_up = False
+
+    def observe(self, position: int, ids: Sequence[int], stream: Tensor, normed: Tensor) -> None:
+        """Take the hidden states of positions from ``position`` on, both [T, D] float32.
+
+        Args:
+            position: The first of them.
+            ids: The text up to the last of them.
+            stream: Before the final norm.
+            normed: Behind it.
+        """
+        self._ran += len(normed)
+        self._drafter.observe(position, stream, normed)
+        if len(normed) > self._tokens + 1 and self.pace.is_always:
+            self._drafter.enter(ids)
+        elif self._drafter.waiting > BLOCK_TOKENS:
+            # Catching up with all of it could cost more than guesses will ever give.
+            self._drafter.drop(keep=BLOCK_TOKENS // 2)
+
+    def rewind(self, length: int) -> int:
+        """See `Drafter.rewind`."""
+        return self._drafter.rewind(length)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one pass of the engine, with what comes before and behind it."""
+        self._guesses = self._right = self._ran = 0
+        self._caught_up = False
+        begin, read = self._clock(), self._read_bytes()
+        yield
+        seconds, read = self._clock() - begin, self._read_bytes() - read
+        is_usual = self._ran == 1 + self._guesses and not self._caught_up
+        self.pace.record(seconds, guesses=self._guesses, right=self._right, read_bytes=read, is_usual=is_usual)
+
+    def propose(self, ids: Sequence[int], most: int, sampling: SamplingParams) -> list[int]:
+        """Guess what follows a text, if it is time to; see `Drafter.propose`."""
+        count = min(self._tokens, most)
+        if count < 1 or not self.pace.wants_guesses():
+            return []
+        self._caught_up = self._drafter.waiting > 1 + self._tokens
+        guesses = self._drafter.propose(ids, count, sampling)
+        self._guesses = len(guesses)
+        return guesses
+
+    def settle(self, right: int) -> None:
+        """Note how many of the guesses were right."""
+        self._right = right
+
+
+def accept(logits: Tensor, guesses: Sequence[int], sampling: SamplingParams, position: int) -> list[int]:
+    """The model's own tokens, as far as the guesses were right, and one more.
+
+    Args:
+        logits: [1 + guesses, V] float32, behind the last known token and each guess.
+        guesses: What the model was given.
+        sampling: How to choose.
+        position: Of the first of them.
+
+    Returns:
+        One token or more.
+    """
+    chosen: list[int] = []
+    for row, guess in zip(logits, [*guesses, None], strict=True):
+        chosen.append(sample(row, sampling, position + len(chosen)))
+        if chosen[-1] != guess:
+            break
+    return chosen
