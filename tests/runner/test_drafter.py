@@ -15,7 +15,7 @@ from runner.config import ModelConfig
 from runner.drafter import Drafter, Takes
 from runner.model import Model
 from runner.mtp import MtpModule
-from runner.sampling import SamplingParams
+from runner.sampling import SamplingParams, sample
 
 GREEDY = SamplingParams()
 RANDOM = SamplingParams(temperature=2.0, seed=5)
@@ -92,11 +92,18 @@ def test_the_two_ways_differ(parts: Parts) -> None:
     assert [parts.fresh(ids, 2) for ids in texts] != [parts.fresh(ids, 2, takes="stream") for ids in texts]
 
 
-def test_guesses_are_chosen_with_the_random_numbers_of_their_positions(parts: Parts) -> None:
-    ids = text(12)
-    many = {tuple(parts.fresh(ids, 3, SamplingParams(temperature=2.0, seed=seed))) for seed in range(6)}
-    assert len(many) == 6
-    assert parts.fresh(ids, 3, RANDOM) == parts.fresh(ids, 3, RANDOM)
+def test_guesses_are_chosen_with_the_random_numbers_of_their_positions(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, asked = text(12), list[tuple[SamplingParams, int]]()
+
+    def watched(logits: Tensor, sampling: SamplingParams, position: int) -> int:
+        asked.append((sampling, position))
+        return sample(logits, sampling, position)
+
+    monkeypatch.setattr("runner.drafter.sample", watched)
+    parts.fresh(ids, 3, RANDOM)
+    assert asked == [(RANDOM, 12), (RANDOM, 13), (RANDOM, 14)]
 
 
 @pytest.mark.parametrize("sizes", [[11], [1] * 11, [4, 6, 1], [1, 10]])

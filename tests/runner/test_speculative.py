@@ -280,6 +280,16 @@ def test_a_real_drafter_among_texts_that_go_back_and_forth(
         assert ours == plain(model, 6, sampling, ids)
 
 
+def test_a_state_that_was_used_up_is_made_again(model: CountingModel, drafter: Drafter) -> None:
+    """Without it the layer would have to begin anew behind every branch of a text."""
+    engine, ids = speculative(model, drafter, 1, Turns(is_always=True)), prompt(30)
+    list(engine.generate(ids, max_tokens=6, sampling=GREEDY, eos_ids=()))
+    model.passes.clear()
+    list(engine.generate(ids[:20] + prompt(5, 2), max_tokens=1, sampling=GREEDY, eos_ids=()))
+    assert model.passes == [6]
+    assert (drafter.length, drafter.waiting) == (25, 1)
+
+
 def test_on_makes_an_entry_for_every_position_of_a_prompt(model: CountingModel, drafter: Drafter) -> None:
     engine = speculative(model, drafter, 1, Turns(is_always=True), pass_tokens=8)
     tokens = engine.generate(prompt(30), max_tokens=5, sampling=GREEDY, eos_ids=())
