@@ -137,6 +137,16 @@ class Checkpoint:
         found = self._entries.get(name)
         return None if found is None else self._location(*found)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The stored shape of a tensor; None when there is none of this name."""
+        found = self._entries.get(name)
+        return None if found is None else found[1].shape
+
+    def digest(self, name: str) -> str | None:
+        """The digest of a tensor; None for original files, which have none, and when there is none of this name."""
+        found = self._entries.get(name)
+        return None if found is None else found[1].digest
+
     def map_file(self, file: str) -> memoryview:
         """All bytes of one file, mapped read-only; see `manifests.mapping`. Path as in `Location.file`."""
         return map_file(self._path(file), self._file_sizes[file])

@@ -36,13 +36,17 @@ class Sizes:
 
     Attributes:
         dense: All that is not a routed expert, as it lies in memory.
-        expert: One slot of the window.
+        expert: One routed expert.
+        slot: What one takes of the window.
         experts: Routed experts there are.
+        layers: Layers with a cache.
     """
 
     dense: int
     expert: int
+    slot: int
     experts: int
+    layers: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,7 @@ class Budget:
         cache: The latent KV cache of ``ctx`` positions.
         work: Activations and buffers of a pass of ``pass_tokens``.
         expert: One expert.
+        slot: What one takes of the window.
         slots: Experts that may be in memory at once.
         ctx: Positions of the text.
         pass_tokens: Most tokens of one pass.
@@ -67,6 +72,7 @@ class Budget:
     cache: int
     work: int
     expert: int
+    slot: int
     slots: int
     ctx: int
     pass_tokens: int
@@ -85,6 +91,7 @@ class Budget:
             "cache_bytes": self.cache,
             "work_bytes": self.work,
             "expert_bytes": self.expert,
+            "slot_bytes": self.slot,
             "expert_slots": self.slots,
             "ctx": self.ctx,
             "pass_tokens": self.pass_tokens,
@@ -140,7 +147,7 @@ def plan_budget(
         if bound - least.total(positions, more_tokens) < 7 * extra:
             break
         tokens = more_tokens
-    spare = (bound - least.total(positions, tokens)) // max(1, sizes.expert)
+    spare = (bound - least.total(positions, tokens)) // max(1, sizes.slot)
     return least.budget(bound, positions, tokens, min(sizes.experts, least.experts + spare))
 
 
@@ -154,7 +161,7 @@ class _Least:
 
     def __init__(self, config: ModelConfig, sizes: Sizes, process: int, *, is_compiled: bool) -> None:
         self.experts = min(config.num_experts_per_tok, sizes.experts)
-        self.position = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
+        self.position = sizes.layers * (config.kv_lora_rank + config.qk_rope_head_dim) * FLOAT_BYTES
         self._config = config
         self._sizes = sizes
         self._process = process
@@ -167,8 +174,15 @@ class _Least:
             process=self._process,
             dense=self._sizes.dense,
             cache=positions * self.position,
-            work=work_bytes(self._config, tokens, positions, is_compiled=self._is_compiled),
+            work=work_bytes(
+                self._config,
+                tokens,
+                positions,
+                is_compiled=self._is_compiled,
+                has_mtp=self._sizes.layers > self._config.num_hidden_layers,
+            ),
             expert=self._sizes.expert,
+            slot=self._sizes.slot,
             slots=max(1, slots),
             ctx=positions,
             pass_tokens=tokens,
@@ -176,14 +190,14 @@ class _Least:
 
     def total(self, positions: int, tokens: int) -> int:
         """Bytes with so many positions and tokens of a pass."""
-        return self.budget(None, positions, tokens, 0).fixed + self.experts * self._sizes.expert
+        return self.budget(None, positions, tokens, 0).fixed + self.experts * self._sizes.slot
 
     def describe(self, positions: int, tokens: int) -> str:
         """The same in words."""
         budget = self.budget(None, positions, tokens, 0)
         parts = {
             "dense weights": budget.dense,
-            f"{self.experts} experts": self.experts * budget.expert,
+            f"{self.experts} experts": self.experts * budget.slot,
             f"a context of {positions} tokens": budget.cache,
             "activations": budget.work,
             "the process itself": budget.process,
@@ -194,7 +208,7 @@ class _Least:
         return f"{format_bytes(-(-total // digit) * digit)} of memory ({what})"
 
 
-def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled: bool) -> int:
+def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled: bool, has_mtp: bool = False) -> int:
     """Most bytes of activations and buffers in a pass.
 
     Of all its tokens: the residual stream, its normed form, the sum of experts and what is added to it. Of a block of
@@ -206,6 +220,7 @@ def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled:
         tokens: Of the pass.
         positions: Of the text, these included.
         is_compiled: Whether the compiled library is there; torch alone makes scores of a block whole.
+        has_mtp: Whether the MTP layer goes over the hidden states of the pass when the model has left them.
     """
     block = min(tokens, BLOCK_TOKENS)
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -217,7 +232,7 @@ def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled:
     shared = config.n_shared_experts * config.moe_intermediate_size
     routed = config.num_experts_per_tok * (2 * config.moe_intermediate_size + 2 * hidden) + 2 * shared + 2 * hidden
     mlp = block * max(2 * config.intermediate_size + 2 * hidden, routed) * FLOAT_BYTES
-    return 5 * tokens * hidden * FLOAT_BYTES + max(attention, mlp)
+    return (7 if has_mtp else 5) * tokens * hidden * FLOAT_BYTES + max(attention, mlp)
 
 
 def _available(here: machine.Machine, process: int) -> int | None:

@@ -23,9 +23,12 @@ from runner.cli_options import (
     model_option,
     note,
     note_idle_sampling,
+    note_idle_speculation,
+    note_speculation,
     read_text,
     sampling_options,
     set_threads,
+    speculation_options,
 )
 from runner.cli_trace import replay, trace
 
@@ -68,6 +71,7 @@ for command in (chat, logits, eval_command, bench, trace, replay):
 )
 @sampling_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@speculation_options
 @compute_options
 @json_option
 @quiet_option
@@ -79,6 +83,9 @@ def generate(
     system: str | None,
     max_tokens: int,
     stops: tuple[str, ...],
+    speculate: Any,
+    draft_tokens: int,
+    mtp_input: Any,
     ctx: int | None,
     ram: int | None,
     io: str | None,
@@ -106,9 +113,20 @@ def generate(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
+    loaded = LoadedModel(
+        model,
+        ctx=ctx,
+        ram=ram,
+        io=io,
+        pin=pin,
+        dtype=as_dtype(dtype),
+        speculate=speculate,
+        draft_tokens=draft_tokens,
+        mtp_input=mtp_input,
+    )
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
+    note_idle_speculation(loaded, quiet=quiet)
     if system is None:
         ids = loaded.text.encode(written)
     else:
@@ -127,6 +145,7 @@ def generate(
                 "finish_reason": generation.finish_reason,
                 "sampling": dataclasses.asdict(sampling),
                 "stats": generation.stats.to_document(),
+                "speculation": loaded.speculation_document(),
             }
         )
     elif not text.endswith("\n"):
@@ -134,6 +153,7 @@ def generate(
     if generation.finish_reason == "context":
         note(f"note: stopped because the context of {loaded.ctx} tokens is full; --ctx gives more", quiet=quiet)
     note(str(generation.stats), quiet=quiet)
+    note_speculation(loaded, quiet=quiet)
 
 
 @runner.command()

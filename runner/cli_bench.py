@@ -69,7 +69,7 @@ def bench(
         tokens=tokens,
         ids=ids,
         open_model=lambda: LoadedModel(
-            model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype)
+            model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off"
         ),
         say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )

@@ -22,8 +22,11 @@ from runner.cli_options import (
     model_option,
     note,
     note_idle_sampling,
+    note_idle_speculation,
+    note_speculation,
     sampling_options,
     set_threads,
+    speculation_options,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ Ctrl-C   stop the answer; what was said of it stays in the conversation"""
     help="The most tokens in an answer.",
 )
 @sampling_options
+@speculation_options
 @compute_options
 @quiet_option
 def chat(
@@ -58,6 +62,9 @@ def chat(
     system: str | None,
     thinking: bool,
     max_tokens: int,
+    speculate: Any,
+    draft_tokens: int,
+    mtp_input: Any,
     ctx: int | None,
     ram: int | None,
     io: str | None,
@@ -80,9 +87,20 @@ def chat(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
+    loaded = LoadedModel(
+        model,
+        ctx=ctx,
+        ram=ram,
+        io=io,
+        pin=pin,
+        dtype=as_dtype(dtype),
+        speculate=speculate,
+        draft_tokens=draft_tokens,
+        mtp_input=mtp_input,
+    )
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
+    note_idle_speculation(loaded, quiet=quiet)
     conversation = Conversation(loaded.text, system=system, thinking=thinking)
     conversation.ask("")  # a model without a usable template is refused before the first turn
     if thinking and loaded.text.template is not None and not loaded.text.template.has_thinking:
@@ -151,6 +169,7 @@ def _take_turn(
     if generation.finish_reason == "context":
         note(f"note: the context of {loaded.ctx} tokens is full; /reset begins anew, --ctx gives more", quiet=quiet)
     note(str(generation.stats), quiet=quiet)
+    note_speculation(loaded, quiet=quiet)
 
 
 class _Terminal:

@@ -73,7 +73,7 @@ def logits(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
+    loaded = LoadedModel(model, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
     read = wanted if prompt is None else loaded.text.encode(prompt)
     if out is None:
         last_V = loaded.engine.last_logits(read)
@@ -142,7 +142,7 @@ def eval_command(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}

@@ -18,6 +18,8 @@ from manifests.errors import SourceNotFoundError, ToolkitError
 if TYPE_CHECKING:
     import torch
 
+    from runner.loaded import LoadedModel
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 STDIN = "-"
@@ -86,6 +88,42 @@ def memory_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def speculation_options(function: F) -> F:
+    """``--speculate``, ``--draft-tokens`` and ``--mtp-input``: guesses of the MTP layer; the text is the same."""
+    for option in (
+        mtp_input_option,
+        click.option(
+            "--draft-tokens",
+            type=click.IntRange(1, 16),
+            default=1,
+            show_default=True,
+            metavar="K",
+            help="Most tokens that the MTP layer guesses at once.",
+        ),
+        click.option(
+            "--speculate",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            show_default=True,
+            help="Let the MTP layer guess tokens, and check several in one pass: while it is measured to pay, always, "
+            "or never. The text is the same.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def mtp_input_option(function: F) -> F:
+    """``--mtp-input``."""
+    return click.option(
+        "--mtp-input",
+        type=click.Choice(["normed", "stream"]),
+        default="normed",
+        show_default=True,
+        help="Which hidden states the MTP layer is given: behind the final norm, or before it.",
+    )(function)
 
 
 def sampling_options(function: F) -> F:
@@ -163,6 +201,18 @@ def note_idle_sampling(temperature: float, given: dict[str, Any], *, quiet: bool
         idle = " and ".join("--" + name.replace("_", "-") for name in used)
         verb = "does" if len(used) == 1 else "do"
         note(f"note: the temperature is 0, so {idle} {verb} nothing; give --temp to sample", quiet=quiet)
+
+
+def note_idle_speculation(loaded: LoadedModel, *, quiet: bool) -> None:
+    """Say why speculation is off though nobody asked for that."""
+    if loaded.idle_speculation is not None:
+        note(f"note: speculation is off: {loaded.idle_speculation}", quiet=quiet)
+
+
+def note_speculation(loaded: LoadedModel, *, quiet: bool) -> None:
+    """Say what speculation did."""
+    if loaded.speculation is not None:
+        note(f"speculation: {loaded.speculation.pace}", quiet=quiet)
 
 
 def read_text(path: str) -> str:

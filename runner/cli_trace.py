@@ -74,7 +74,7 @@ def trace(
     from runner.trace import TraceRecorder, save
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype))
+    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
     config = loaded.model.config
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     if not layers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
@@ -35,11 +36,22 @@ def pass_order(layers: int) -> list[str]:
     return [*(f"{_LAYERS}{layer}" for layer in range(layers)), "model.norm", "lm_head"]
 
 
+def mtp_order(layer: int, head: str) -> list[str]:
+    """The groups that the MTP layer uses behind it, with a head that has this tensor."""
+    own = group_of(head)
+    return [f"{_LAYERS}{layer}", *([] if own == "lm_head" else [own])]
+
+
 class Contents:
     """The tensors of a checkpoint in groups."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+
+    @property
+    def root(self) -> Path:
+        """The checkpoint's folder."""
+        return self._checkpoint.root
 
     @property
     def file_sizes(self) -> dict[str, int]:

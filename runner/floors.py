@@ -59,7 +59,7 @@ def disk_read_gbps(contents: Contents, experts: Sequence[Key], *, way: type[Way]
         experts: To choose from, about a gigabyte of them, far apart.
         way: How they come in.
     """
-    files = Files(contents.file_sizes)
+    files = Files(contents.root, contents.file_sizes)
     chosen = way(files)
     layouts: list[Layout] = []
     for key in experts[:: max(1, len(experts) // 64)]:

@@ -83,7 +83,7 @@ class Forecast:
         ram = "all it wants" if budget.ram is None else format_bytes(budget.ram)
         yield (
             f"budget     {ram}: dense weights {format_bytes(budget.dense)}, {budget.slots} experts "
-            f"{format_bytes(budget.slots * budget.expert)}, a context of {budget.ctx} tokens, "
+            f"{format_bytes(budget.slots * budget.slot)}, a context of {budget.ctx} tokens, "
             f"passes of {budget.pass_tokens}"
         )
         yield (
@@ -131,7 +131,7 @@ def forecast(config: ModelConfig, sizes: Sizes, fixed_bytes: int, budget: Budget
         rates=rates,
         fixed_bytes=fixed_bytes,
         routed_bytes=routed,
-        all_bytes=budget.fixed + sizes.experts * sizes.expert,
+        all_bytes=budget.fixed + sizes.experts * sizes.slot,
         hit_rate=hit_rate,
         warm_s=warm,
         expected_s=expected,
@@ -142,7 +142,7 @@ def forecast(config: ModelConfig, sizes: Sizes, fixed_bytes: int, budget: Budget
 
 
 def _advice(budget: Budget, sizes: Sizes, hit_rate: float, expected_s: float | None, missed_s: float) -> str:
-    everything = budget.fixed + sizes.experts * sizes.expert
+    everything = budget.fixed + sizes.experts * sizes.slot
     if hit_rate == 1.0:
         return "everything fits in memory: faster memory, or more cores up to its rate, would help"
     if expected_s is None or missed_s > expected_s / 2:

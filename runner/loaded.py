@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +16,24 @@ from torch import Tensor
 import manifests
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from runner import demo, kernels, machine, trace
-from runner.budget import Sizes, plan_budget
+from runner.budget import Budget, Sizes, plan_budget
 from runner.config import ModelConfig
-from runner.contents import Contents, pass_order
+from runner.contents import Contents, mtp_order, pass_order
+from runner.drafter import Drafter, Takes
 from runner.engine import Engine
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
 from runner.model import Model
+from runner.mtp import MtpModule
+from runner.mtp_parts import MtpParts
+from runner.pace import Pace
 from runner.policy import Key
 from runner.sampling import SamplingParams
+from runner.speculative import Speculation
 from runner.telemetry import RunStats, Telemetry
 from runner.text import StopScanner, Text, read_optional_json
 from runner.weights import WeightStore
+
+Speculate = Literal["auto", "on", "off"]
 
 MAX_TOKENS = 128
 """New tokens when nobody says how many."""
@@ -106,6 +113,10 @@ class LoadedModel:
         ram: Bytes that the process may take in all; what the machine has to give when not given.
         io: How experts come into memory, a key of `weights.WAYS`; see `default_io`.
         pin: A routing trace; the experts that it used most are read now and stay in memory.
+        speculate: Whether the MTP layer guesses tokens, several of which are then checked in one pass: ``on``,
+            ``off``, or ``auto``, while it pays. The text is the same.
+        draft_tokens: Most guesses of one pass.
+        mtp_input: Which hidden states the MTP layer is given.
 
     Attributes:
         root: The checkpoint's folder.
@@ -113,6 +124,9 @@ class LoadedModel:
         budget: What the memory is for.
         contents: What the checkpoint has.
         io: As given.
+        mtp: What it has of the MTP layer.
+        speculation: Guesses tokens; None when that is off.
+        idle_speculation: Why it is off though it was not asked to be; None when nothing keeps it off.
 
     Raises:
         SourceNotFoundError: There is no checkpoint, or it has no config.json.
@@ -130,6 +144,9 @@ class LoadedModel:
         ram: int | None = None,
         io: str | None = None,
         pin: str | Path | None = None,
+        speculate: Speculate = "auto",
+        draft_tokens: int = 1,
+        mtp_input: Takes = "normed",
     ) -> None:
         checkpoint = open_checkpoint(path)
         if missing := checkpoint.missing_scales():
@@ -142,28 +159,62 @@ class LoadedModel:
         self.root = checkpoint.root
         self.io = io or default_io()
         self.contents = contents = Contents(checkpoint)
-        sizes = measure(contents, config, self.io)
-        self.budget = plan_budget(
-            config,
-            sizes,
-            ram=ram,
-            ctx=ctx,
-            here=machine.examine(),
-            process=machine.resident_bytes(),
-            is_compiled=kernels.library() is not None,
-        )
+        self.mtp = MtpParts(checkpoint, config)
+        self.budget, has_mtp = self._plan(config, ram=ram, ctx=ctx, speculate=speculate)
         self.ctx = self.budget.ctx
         self.weights = WeightStore(
             contents,
             order=pass_order(config.num_hidden_layers),
-            experts=routed_experts(config),
+            experts=routed_experts(config, has_mtp=has_mtp),
             slots=self.budget.slots,
             io=self.io,
         )
         if pin is not None:
             self.weights.pin(self._most_used(trace.load(Path(pin)), config))
         self.model = Model(config, self.weights, dtype=dtype)
-        self.engine = Engine(self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens)
+        self.speculation = None
+        if has_mtp:
+            embedding, head = (copy.used.removesuffix(".weight") for copy in self.mtp.copies)
+            module = MtpModule(config, self.weights, embedding=embedding, head=head, dtype=dtype)
+            self.speculation = Speculation(
+                Drafter(module, self.ctx, takes=mtp_input),
+                draft_tokens,
+                Pace("on" if speculate == "on" else "auto", draft_tokens),
+                read_bytes=lambda: self.weights.usage.read_bytes,
+            )
+        self.engine = Engine(
+            self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens, speculation=self.speculation
+        )
+
+    def _plan(
+        self, config: ModelConfig, *, ram: int | None, ctx: int | None, speculate: Speculate
+    ) -> tuple[Budget, bool]:
+        """Divide the memory, with the MTP layer where it is wanted and can be had; whether it is."""
+
+        def plan(*, has_mtp: bool) -> Budget:
+            return plan_budget(
+                config,
+                measure(self.contents, config, self.io, self.mtp if has_mtp else None),
+                ram=ram,
+                ctx=ctx,
+                here=machine.examine(),
+                process=machine.resident_bytes(),
+                is_compiled=kernels.library() is not None,
+            )
+
+        self.idle_speculation = None
+        if speculate != "off":
+            self.idle_speculation = self.mtp.fault
+            if self.idle_speculation is None:
+                try:
+                    return plan(has_mtp=True), True
+                except ResourceError as error:
+                    if speculate == "on":
+                        raise
+                    self.idle_speculation = f"with the MTP layer {error}"
+            elif speculate == "on":
+                raise UnsupportedModelError(f"{self.root}: cannot speculate: {self.idle_speculation}")
+        return plan(has_mtp=False), False
 
     def _most_used(self, usage: trace.Trace, config: ModelConfig) -> list[Key]:
         """The experts to pin: as many as leave a quarter of the window, and what a token needs, to the others."""
@@ -181,6 +232,14 @@ class LoadedModel:
     def text(self) -> Text:
         """The tokenizer; read on first use, because whoever works with ids needs none."""
         return Text.from_checkpoint(self.root)
+
+    def speculation_document(self) -> dict[str, Any]:
+        """What speculation did, for ``--json``; the keys are a promise."""
+        found = {"state": "off", "reason": self.idle_speculation}
+        if self.speculation is None:
+            return found
+        pace = self.speculation.pace
+        return {"state": "on" if pace.is_always else "auto", "reason": None, **pace.to_document()}
 
     def sampling(self, **given: Any) -> SamplingParams:
         """How this model's makers sample, with what is given here (and is not None) in its place.
@@ -257,22 +316,28 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     return checkpoint
 
 
-def routed_experts(config: ModelConfig) -> list[Key]:
-    """Every routed expert of the main model."""
-    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
+    """Every routed expert of the main model, and of the MTP layer where that runs too."""
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers + has_mtp)
     return [(layer, expert) for layer in layers for expert in range(config.n_routed_experts)]
 
 
-def measure(contents: Contents, config: ModelConfig, io: str) -> Sizes:
-    """Sizes of a checkpoint as they count against memory."""
-    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-    expert = contents.slot_bytes(layers, PAGE_BYTES)
+def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | None = None) -> Sizes:
+    """Sizes of a checkpoint as they count against memory, with the MTP layer where one is given."""
+    experts = routed_experts(config, has_mtp=mtp is not None)
+    groups = pass_order(config.num_hidden_layers)
+    if mtp is not None:
+        groups += mtp_order(mtp.layer, mtp.copies[1].used)
+    layers = sorted({layer for layer, _ in experts})
+    slot = contents.slot_bytes(layers, PAGE_BYTES)
     if io == "mmap" and contents.is_in_place:
-        expert += 2 * HUGE_PAGE_BYTES  # of its neighbours in the file, at both ends
+        slot += 2 * HUGE_PAGE_BYTES  # of its neighbours in the file, at both ends
     return Sizes(
-        dense=contents.dense_bytes(pass_order(config.num_hidden_layers)),
-        expert=expert,
-        experts=len(routed_experts(config)),
+        dense=contents.dense_bytes(groups),
+        expert=contents.expert_bytes(layers),
+        slot=slot,
+        experts=len(experts),
+        layers=config.num_hidden_layers + (mtp is not None),
     )
 
 

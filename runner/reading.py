@@ -7,7 +7,6 @@ This file must not know experts.
 
 import errno
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,24 +22,23 @@ _READ_BYTES = 1 << 30
 
 
 class Files:
-    """The files of a checkpoint, each of which must stay what it was when it was first opened.
+    """The files of a checkpoint, each of which must stay what it is now.
 
     Args:
+        root: The checkpoint's folder.
         sizes: Bytes that each file must have, by its path in the checkpoint.
-
-    Attributes:
-        opened: Files that were opened so far.
     """
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, root: Path, sizes: Mapping[str, int]) -> None:
         self._sizes = sizes
-        self._seen: dict[str, tuple[int, int, int]] = {}
-        self._lock = threading.Lock()
+        # Of all of them at once: experts that a text needs late must be of the same checkpoint as those it needs first.
+        self._identities = {file: _identity_of(f"{root}/{file}") for file in sizes}
+        self._opened: set[str] = set()
 
     @property
     def opened(self) -> int:
         """How many files were opened so far."""
-        return len(self._seen)
+        return len(self._opened)
 
     @contextmanager
     def open(self, path: Path, file: str, *, direct: bool = False) -> Iterator[tuple[int, bool]]:
@@ -86,10 +84,9 @@ class Files:
             raise IntegrityError(
                 f"{path}: has {found.st_size} bytes, expected {self._sizes[file]}; `reshard verify` tells more"
             )
-        now = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        with self._lock:
-            if self._seen.setdefault(file, now) != now:
-                raise IntegrityError(f"{path}: was replaced or written to while in use; start again")
+        if self._identities[file] != _identity(found):
+            raise IntegrityError(f"{path}: was replaced or written to while in use; start again")
+        self._opened.add(file)
 
     def forget(self, layout: Layout) -> None:
         """Ask for the page cache to let the runs of a layout go; it keeps what is mapped."""
@@ -104,6 +101,17 @@ class Files:
                 _drop(descriptor, run)
             finally:
                 os.close(descriptor)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _identity_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None  # nobody may ever need it
 
 
 def _drop(descriptor: int, run: Run) -> None:

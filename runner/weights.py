@@ -51,7 +51,7 @@ class WeightStore:
         io: str = "direct",
     ) -> None:
         self._contents = contents
-        self._files = Files(contents.file_sizes)
+        self._files = Files(contents.root, contents.file_sizes)
         background = Background()
         self._dense = DenseWeights(contents.group, order, Direct(self._files), background)
         way = WAYS[io](self._files)

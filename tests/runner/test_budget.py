@@ -45,7 +45,7 @@ V3: dict[str, Any] = {
     "eos_token_id": 1,
 }
 CONFIG = ModelConfig.from_dict(V3)
-SIZES = Sizes(dense=17_300_000_000, expert=44_059_136, experts=58 * 256)
+SIZES = Sizes(dense=17_300_000_000, expert=44_050_944, slot=44_059_136, experts=58 * 256, layers=61)
 HERE = Machine(
     system="",
     cpu="",
@@ -62,7 +62,7 @@ def plan(ram: int | None, ctx: int | None = None, *, here: Machine = HERE, sizes
 
 
 def taken(budget: Budget) -> int:
-    return budget.fixed + budget.slots * budget.expert
+    return budget.fixed + budget.slots * budget.slot
 
 
 @given(
@@ -83,7 +83,7 @@ def test_nothing_goes_over_it(ram: int, ctx: int | None) -> None:
     assert min(BLOCK_TOKENS, budget.ctx) <= budget.pass_tokens <= min(PASS_TOKENS, budget.ctx)
     assert budget.work == work_bytes(CONFIG, budget.pass_tokens, budget.ctx, is_compiled=True)
     # What is left over is less than one more expert, unless all are there.
-    assert budget.slots == SIZES.experts or ram - taken(budget) < budget.expert
+    assert budget.slots == SIZES.experts or ram - taken(budget) < budget.slot
 
 
 def test_the_floor_that_is_said_is_enough() -> None:
@@ -127,5 +127,5 @@ def test_a_system_that_does_not_tell_bounds_nothing() -> None:
 
 
 def test_a_model_that_fits_is_all_in_memory() -> None:
-    budget = plan(20_000_000_000, sizes=Sizes(dense=100_000_000, expert=98_304, experts=192))
+    budget = plan(20_000_000_000, sizes=Sizes(dense=100_000_000, expert=90_000, slot=98_304, experts=192, layers=4))
     assert budget.slots == 192

@@ -37,10 +37,10 @@ def tiny(tiny_checkpoint: Path) -> Path:
 # --- the surface ---
 
 OPTIONS = {
-    "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop --ctx "
-    "--ram --io --pin --dtype --threads --json --quiet",
-    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --ctx --ram --io "
-    "--pin --dtype --threads --quiet",
+    "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop "
+    "--speculate --draft-tokens --mtp-input --ctx --ram --io --pin --dtype --threads --json --quiet",
+    "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --speculate "
+    "--draft-tokens --mtp-input --ctx --ram --io --pin --dtype --threads --quiet",
     "logits": "--model --prompt --ids --out --ram --io --pin --dtype --threads --json --quiet",
     "eval": "--model --file --ctx --ram --io --pin --dtype --threads --json --quiet",
     "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --pin --dtype --threads --json --quiet",
@@ -97,7 +97,9 @@ def test_text_on_stdout_and_figures_on_stderr(tiny: Path, call: Call) -> None:
     result = call("generate", "-m", tiny, "-p", "hello", "-n", "12")
     text = LoadedModel(tiny).generate("hello", max_tokens=12)
     assert (result.exit_code, result.stdout) == (0, text + "\n")
-    assert STATS.fullmatch(result.stderr)
+    idle, stats = result.stderr.splitlines(keepends=True)
+    assert idle == "note: speculation is off: this model has no MTP layer\n"
+    assert STATS.fullmatch(stats)
 
 
 def test_quiet_is_quiet(tiny: Path, call: Call) -> None:
@@ -122,7 +124,7 @@ def test_text_comes_in_pieces(tiny: Path, monkeypatch: pytest.MonkeyPatch, call:
 
 def test_generate_document(tiny: Path, document: Document) -> None:
     found = document("generate", "-m", tiny, "-p", "hello", "-n", "6", "--temp", "0.8", "--top-k", "9", "--seed", "5")
-    assert list(found) == ["text", "ids", "finish_reason", "sampling", "stats"]
+    assert list(found) == ["text", "ids", "finish_reason", "sampling", "stats", "speculation"]
     assert list(found["stats"]) == [
         "prompt_tokens",
         "prefill_tokens",

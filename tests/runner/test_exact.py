@@ -99,7 +99,7 @@ def test_threads_and_passes_change_no_bit(expected: Tensor, pass_tokens: int, th
 def test_blocks_within_a_pass_change_no_bit(
     expected: Tensor, block: int, slots: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.model.BLOCK_TOKENS", block)
+    monkeypatch.setattr("runner.layer.BLOCK_TOKENS", block)
     monkeypatch.setattr("runner.moe.BLOCK_TOKENS", block)
     assert torch.equal(logits(demo.path(), slots=slots)[0], expected)
 

@@ -58,7 +58,7 @@ def test_what_could_not_be_measured_is_not_foretold() -> None:
 
 def test_a_model_without_routed_experts() -> None:
     config: ModelConfig = replace(CONFIG, first_k_dense_replace=CONFIG.num_hidden_layers)
-    sizes = Sizes(dense=1_000_000_000, expert=0, experts=0)
+    sizes = Sizes(dense=1_000_000_000, expert=0, slot=0, experts=0, layers=61)
     here: Machine = HERE
     budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=0, is_compiled=True)
     found = forecast(config, sizes, 1_000_000_000, budget, RATES)

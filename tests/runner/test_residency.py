@@ -81,7 +81,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def open_window(folder: Folder, way: type[Direct] | type[Mapped], slots: int) -> ExpertWindow:
-    chosen = way(Files(folder.sizes))
+    chosen = way(Files(folder.root, folder.sizes))
     return ExpertWindow(
         lambda key: folder.layout(key, chosen.alignment),
         slots=slots,
@@ -195,15 +195,14 @@ def test_an_expert_that_cannot_be_used_takes_no_place(
 
 def test_a_missing_file_is_named_and_the_window_goes_on(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
     window = open_window(folder, way, 4)
-    folder.path((0, 2)).unlink()
+    folder.path((0, 2)).rename(folder.root / "away")
     with pytest.raises(SourceNotFoundError, match=r"0-2: no such file"):
         list(use(window, 0, [1, 2, 3]))
     assert (0, 2) not in window.held
     list(use(window, 1, range(EXPERTS)))
     with pytest.raises(SourceNotFoundError):
         list(use(window, 0, [2]))
-    data = bytes(4096) + content((0, 2)) + b"x"
-    folder.path((0, 2)).write_bytes(data)
+    (folder.root / "away").rename(folder.path((0, 2)))
     list(use(window, 0, [2]))  # and it is read when it is back
 
 
@@ -221,6 +220,18 @@ def test_a_file_that_was_replaced_while_the_model_ran(folder: Folder, way: type[
     other = folder.root / "other"
     other.write_bytes(folder.path((0, 2)).read_bytes())
     other.replace(folder.path((0, 2)))
+    with pytest.raises(IntegrityError, match=r"0-2: was replaced or written to while in use"):
+        list(use(window, 0, [2]))
+
+
+def test_a_file_that_was_replaced_before_it_was_read(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
+    """It may be of another checkpoint than what was read already."""
+    window = open_window(folder, way, 1)
+    list(use(window, 0, [1]))
+    kept = folder.root / "kept"
+    folder.path((0, 2)).rename(kept)
+    folder.path((0, 3)).rename(folder.path((0, 2)))
+    kept.rename(folder.path((0, 3)))
     with pytest.raises(IntegrityError, match=r"0-2: was replaced or written to while in use"):
         list(use(window, 0, [2]))
 
@@ -346,7 +357,7 @@ def is_cached(path: Path) -> bool:
 def test_evicted_experts_leave_the_page_cache(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
     window = open_window(folder, way, 2)
     os.sync()  # what is not written yet cannot leave
-    files = Files(folder.sizes)
+    files = Files(folder.root, folder.sizes)
     for expert in range(10):
         files.forget(folder.layout((0, expert), 4096))
         assert not is_cached(folder.path((0, expert)))
