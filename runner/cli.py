@@ -126,7 +126,6 @@ def generate(
     )
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
-    note_idle_speculation(loaded, quiet=quiet)
     if system is None:
         ids = loaded.text.encode(written)
     else:
@@ -153,6 +152,7 @@ def generate(
     if generation.finish_reason == "context":
         note(f"note: stopped because the context of {loaded.ctx} tokens is full; --ctx gives more", quiet=quiet)
     note(str(generation.stats), quiet=quiet)
+    note_idle_speculation(loaded, quiet=quiet)
     note_speculation(loaded, quiet=quiet)
 
 

@@ -97,7 +97,7 @@ def test_text_on_stdout_and_figures_on_stderr(tiny: Path, call: Call) -> None:
     result = call("generate", "-m", tiny, "-p", "hello", "-n", "12")
     text = LoadedModel(tiny).generate("hello", max_tokens=12)
     assert (result.exit_code, result.stdout) == (0, text + "\n")
-    idle, stats = result.stderr.splitlines(keepends=True)
+    stats, idle = result.stderr.splitlines(keepends=True)
     assert idle == "note: speculation is off: this model has no MTP layer\n"
     assert STATS.fullmatch(stats)
 
