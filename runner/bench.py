@@ -183,6 +183,7 @@ def run(
     disk.append(floors.disk_read_gbps(loaded.contents, experts))
     memory_gbps, disk_gbps = _middle(memory), _middle(disk)
     fixed = sum(tensor.nbytes for tensor in store.dense_tensors())
+    expert = loaded.contents.expert_bytes({layer for layer, _ in experts})  # and not the room for one in the budget
 
     def finish(found: tuple[list[float], Usage], *, cold: bool) -> Phase:
         seconds, usage = found
@@ -193,7 +194,7 @@ def run(
                 # Experts that are there are computed while others arrive; when none has to, they count themselves.
                 moved = fixed * len(seconds)
                 if not usage.expert_misses:
-                    moved += usage.expert_hits * loaded.budget.expert
+                    moved += usage.expert_hits * expert
                 floor += moved / memory_gbps / 1e9
         tokens = prompt_tokens if cold else len(seconds)
         return Phase(

@@ -277,7 +277,8 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig, here: machi
         direct=floors.disk_read_gbps(contents, experts, way=Direct),
         mapped=floors.disk_read_gbps(contents, experts, way=Mapped) if kernels.supported() else None,
     )
-    return forecast(config, sizes, fixed, budget, rates)
+    expert = contents.expert_bytes({layer for layer, _ in experts})
+    return forecast(config, sizes, fixed_bytes=fixed, expert_bytes=expert, budget=budget, rates=rates)
 
 
 def _check_files(checkpoint: manifests.Checkpoint) -> None:

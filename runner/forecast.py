@@ -102,18 +102,21 @@ class Forecast:
         yield f"advice     {self.advice}"
 
 
-def forecast(config: ModelConfig, sizes: Sizes, fixed_bytes: int, budget: Budget, rates: Rates) -> Forecast:
+def forecast(
+    config: ModelConfig, sizes: Sizes, *, fixed_bytes: int, expert_bytes: int, budget: Budget, rates: Rates
+) -> Forecast:
     """Foretell.
 
     Args:
         config: The model.
         sizes: Its checkpoint's.
         fixed_bytes: Bytes of every token that are no routed expert.
+        expert_bytes: Bytes of one routed expert; its place in memory takes more.
         budget: How the memory is divided.
         rates: The machine's.
     """
     layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
-    routed = min(config.num_experts_per_tok, config.n_routed_experts) * layers * sizes.expert
+    routed = min(config.num_experts_per_tok, config.n_routed_experts) * layers * expert_bytes
     hit_rate = min(1.0, budget.slots / sizes.experts) if sizes.experts else 1.0
     direct, mapped = rates.direct or 0.0, rates.mapped or 0.0
     # Mapped experts are in the page cache for the next run too, so that way wins when it costs little.
