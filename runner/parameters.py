@@ -79,14 +79,16 @@ class Parameters:
         return self._sized(replace(self._weights.matrix(prefix), name=f"{prefix}.weight"), rows, columns)
 
     def vector(self, name: str, size: int) -> Tensor:
-        """Give a small plain tensor as [size] float32.
+        """Give a small plain tensor as [size] float32, where a float may lie.
 
         Raises:
             IntegrityError: It has another shape.
         """
         stored = self._weights.tensor(name)
         _check_shape(name, tuple(stored.shape), (size,))
-        return widen(stored, name)
+        wide = widen(stored, name)
+        # One that is stored as float32 is still where its file put it, at any byte.
+        return wide.clone() if wide.data_ptr() % wide.element_size() else wide
 
     def rows(self, name: str, ids_T: Tensor, rows: int, columns: int) -> Tensor:
         """Give the rows ``ids_T`` of a plain [rows, columns] tensor as [T, columns] float32, and no others.

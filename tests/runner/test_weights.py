@@ -17,6 +17,7 @@ from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError,
 from manifests.header import HeaderTensor, encode_header
 from runner import background
 from runner.contents import Contents, group_of, pass_order
+from runner.parameters import Parameters
 from runner.weights import WeightStore
 
 
@@ -72,6 +73,16 @@ def test_every_bit_pattern_comes_through_at_odd_offsets(tmp_path: Path, dtype: t
     assert found.dtype == dtype
     assert found.shape == stored.shape
     assert torch.equal(found.clone().view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_vector_may_be_read_number_by_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Norms and biases go to C as pointers to float, which must not be odd; matrices are taken as bytes there."""
+    stored = random_bits(dtype, 53)
+    write_odd(tmp_path / "model.safetensors", {"a.bias": stored})
+    found = Parameters(open_store(tmp_path), None).vector("a.bias", 53)
+    assert found.data_ptr() % found.element_size() == 0
+    assert torch.equal(found.view(torch.int32), stored.to(torch.float32).view(torch.int32))
 
 
 def test_nothing_is_read_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
