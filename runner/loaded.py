@@ -25,7 +25,7 @@ from runner.model import Model
 from runner.policy import Key
 from runner.sampling import SamplingParams
 from runner.telemetry import RunStats, Telemetry
-from runner.text import StopScanner, Text, read_optional_json
+from runner.text import StopScanner, Text, read_optional_json, tokenizer_bytes
 from runner.weights import WeightStore
 
 MAX_TOKENS = 128
@@ -149,7 +149,7 @@ class LoadedModel:
             ram=ram,
             ctx=ctx,
             here=machine.examine(),
-            process=machine.resident_bytes(),
+            process=machine.resident_bytes() + tokenizer_bytes(self.root),  # it is read later
             is_compiled=kernels.library() is not None,
         )
         self.ctx = self.budget.ctx

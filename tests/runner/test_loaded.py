@@ -48,6 +48,16 @@ def edited(tiny_checkpoint: Path, tmp_path: Path) -> EditedCheckpoint:
     return edit
 
 
+def test_a_tokenizer_that_is_read_later_counts_already(
+    edited: EditedCheckpoint, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's takes 70 MB, and is read when the memory is long divided."""
+    monkeypatch.setattr("runner.machine.resident_bytes", lambda: 200_000_000)
+    without = LoadedModel(edited({"tokenizer.json": None})).budget.process
+    size = (tiny_checkpoint / "tokenizer.json").stat().st_size
+    assert LoadedModel(tiny_checkpoint).budget.process >= without + 8 * size
+
+
 # --- generation ---
 
 
