@@ -148,7 +148,10 @@ class Parameters:
 
 
 def _held_matrix(expert: Expert, prefix: str) -> Matrix:
-    return stored_matrix(prefix, expert.tensors[f"{prefix}.weight"], expert.tensors.get(f"{prefix}.weight_scale_inv"))
+    weight = expert.tensors.get(f"{prefix}.weight")
+    if weight is None:  # it takes no place in memory
+        raise IntegrityError(f"{prefix}.weight has no numbers; the tensor is damaged")
+    return stored_matrix(prefix, weight, expert.tensors.get(f"{prefix}.weight_scale_inv"))
 
 
 def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:

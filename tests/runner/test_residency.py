@@ -304,8 +304,9 @@ def test_an_interrupt_anywhere_leaves_a_window_that_works(
             assert sorted(window._unused) == []
 
 
+@pytest.mark.parametrize("left", [4096, 9000])
 def test_a_file_that_is_cut_while_it_is_read(
-    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+    folder: Folder, way: type[Direct] | type[Mapped], left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking at its size and reading it."""
     window = open_window(folder, way, 4)
@@ -313,7 +314,7 @@ def test_a_file_that_is_cut_while_it_is_read(
 
     def cut(descriptor: int) -> os.stat_result:
         found = real(descriptor)
-        os.truncate(folder.path((0, 2)), 4096)
+        os.truncate(folder.path((0, 2)), left)
         return found
 
     monkeypatch.setattr(os, "fstat", cut)
