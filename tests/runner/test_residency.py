@@ -462,4 +462,7 @@ def test_a_file_system_without_direct_reading(
 
     monkeypatch.setattr("os.open", refuse)
     window = open_window(folder, way, 4)
+    os.sync()  # what is not written yet cannot leave
     list(use(window, 0, range(20)))
+    if way is Direct:  # read through the page cache, and out of it
+        assert not any(is_cached(folder.path((0, expert))) for expert in range(20))

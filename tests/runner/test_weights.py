@@ -85,6 +85,19 @@ def test_a_vector_may_be_read_number_by_number(tmp_path: Path, dtype: torch.dtyp
     assert torch.equal(found.view(torch.int32), stored.to(torch.float32).view(torch.int32))
 
 
+def test_what_could_not_be_read_is_read_when_it_is_whole_again(tiny_copy: Path) -> None:
+    store = open_store(tiny_copy)
+    whole = {shard: shard.read_bytes() for shard in tiny_copy.glob("*.safetensors")}
+    for shard in whole:
+        os.truncate(shard, 4000)
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="has 4000 bytes, expected"):
+            store.tensor("model.norm.weight")
+    for shard, data in whole.items():
+        shard.write_bytes(data)
+    assert torch.equal(store.tensor("model.norm.weight"), load_files(tiny_copy)["model.norm.weight"])
+
+
 def test_nothing_is_read_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
     store = open_store(tiny_checkpoint)
     assert (store.usage.files, store.usage.read_bytes) == (0, 0)
