@@ -77,7 +77,7 @@ class Result:
 
     Attributes:
         open_s: Seconds to open the checkpoint.
-        first: From the first byte to the first token: the prompt, with nothing in memory.
+        first: From the first byte to the first token: the prompt, with nothing in memory but what was pinned.
         warm_up: The forced tokens for the first time.
         decode: The same again, one at a time.
         fixed_bytes: Bytes of every pass that are no routed expert.

@@ -20,6 +20,9 @@ BLOCK_TOKENS = 512
 PASS_TOKENS = 4096
 """Most tokens that go through the layers together. A pass reads each expert once, so more of them read less."""
 
+HEAD_TOKENS = 128
+"""Tokens whose logits are made at once."""
+
 _LEAST_POSITIONS = 1024
 _OWN_BYTES = 96 << 20
 """What the process grows by beside everything counted here: libraries' buffers, threads, the manifest."""
@@ -213,7 +216,7 @@ def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled:
 
     Of all its tokens: the residual stream, its normed form, the sum of experts and what is added to it. Of a block of
     them, one after the other: queries and outputs of attention per head, or the rows of MLPs, where in the worst case
-    all tokens choose the same experts.
+    all tokens choose the same experts. Then the logits of some, twice: those before, or what is made of them.
 
     Args:
         config: The model.
@@ -232,7 +235,8 @@ def work_bytes(config: ModelConfig, tokens: int, positions: int, *, is_compiled:
     shared = config.n_shared_experts * config.moe_intermediate_size
     routed = config.num_experts_per_tok * (2 * config.moe_intermediate_size + 2 * hidden) + 2 * shared + 2 * hidden
     mlp = block * max(2 * config.intermediate_size + 2 * hidden, routed) * FLOAT_BYTES
-    return (7 if has_mtp else 5) * tokens * hidden * FLOAT_BYTES + max(attention, mlp)
+    head = 2 * min(tokens, HEAD_TOKENS) * config.vocab_size * FLOAT_BYTES
+    return (7 if has_mtp else 5) * tokens * hidden * FLOAT_BYTES + max(attention, mlp, head)
 
 
 def _available(here: machine.Machine, process: int) -> int | None:

@@ -55,7 +55,8 @@ def bench(
       runner bench -m DeepSeek-V3-experts --ids forced.json --ram 32G --json
 
     Every speed is put beside what the bytes take at this machine's own rates of memory and disk, measured in the same
-    run. The last line of stdout is one JSON document. The experts' files are put out of the system's cache first.
+    run. The last line of stdout is one JSON document. The experts' files are put out of the system's cache first;
+    with --pin, those of the trace are in memory before the first token.
     """
     from runner.bench import read_ids, run
     from runner.loaded import LoadedModel

@@ -19,7 +19,6 @@ from manifests.check import check_files
 from manifests.console import format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from runner import demo, machine
-from runner.budget import plan_budget
 from runner.config import ModelConfig
 from runner.expected import main_tensors
 from runner.forecast import Forecast, Rates, forecast
@@ -167,7 +166,7 @@ def examine(path: str | Path | None) -> Report:
         active = kernels.active()
         compiled = None if active is None else active.variant
     here = machine.examine()
-    model, expected = _examine_model(path, here, found, can_import=None not in packages.values())
+    model, expected = _examine_model(path, found, can_import=None not in packages.values())
     return Report(
         machine=here,
         packages=packages,
@@ -202,7 +201,7 @@ class _Findings:
 
 
 def _examine_model(
-    path: str | Path | None, here: machine.Machine, found: _Findings, *, can_import: bool
+    path: str | Path | None, found: _Findings, *, can_import: bool
 ) -> tuple[ModelFacts, Forecast | None]:
     facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
     if not can_import:
@@ -250,27 +249,19 @@ def _examine_model(
     # Ids need no tokenizer, so what is missing there says nothing about speed.
     if config is None or any(problem.topic in ("config", "files", "tensors") for problem in found.problems):
         return facts, None
-    return facts, found.attempt("memory", lambda: _foretell(checkpoint, config, here))
+    return facts, found.attempt("memory", lambda: _foretell(checkpoint, config))
 
 
-def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig, here: machine.Machine) -> Forecast:
+def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast:
     """Measure this machine on the checkpoint's own files, and foretell."""
     from runner import floors, kernels
     from runner.contents import Contents, pass_order
-    from runner.loaded import default_io, measure, routed_experts
+    from runner.loaded import default_io, measure, plan_memory, routed_experts
     from runner.reading import Direct, Mapped
 
     contents = Contents(checkpoint)
     sizes = measure(contents, config, default_io())
-    budget = plan_budget(
-        config,
-        sizes,
-        ram=None,
-        ctx=None,
-        here=here,
-        process=machine.resident_bytes(),
-        is_compiled=kernels.library() is not None,
-    )
+    budget = plan_memory(contents, config, sizes)
     experts = routed_experts(config)
     fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers))
     rates = Rates(
@@ -278,7 +269,7 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig, here: machi
         direct=floors.disk_read_gbps(contents, experts, way=Direct),
         mapped=floors.disk_read_gbps(contents, experts, way=Mapped) if kernels.supported() else None,
     )
-    return forecast(config, sizes, fixed, budget, rates)
+    return forecast(config, sizes, fixed_bytes=fixed, budget=budget, rates=rates)
 
 
 def _check_files(checkpoint: manifests.Checkpoint) -> None:

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ResourceError, ToolkitError
-from runner.budget import PASS_TOKENS
+from runner.budget import HEAD_TOKENS, PASS_TOKENS
 from runner.cache import LatentCache
 from runner.model import Model
 from runner.sampling import SamplingParams
 from runner.speculative import Speculation, accept
-
-_HEAD_ROWS = 128
-"""Positions whose logits are made at once, beside those that are given back."""
 
 
 class Engine:
@@ -127,7 +124,7 @@ class Engine:
         self._rewind(0)
         for begin in range(0, len(timeline), self._pass_tokens):
             hidden = self._extend(timeline[begin : begin + self._pass_tokens])
-            for some in hidden.split(_HEAD_ROWS):
+            for some in hidden.split(HEAD_TOKENS):
                 yield self._model.logits(some)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:

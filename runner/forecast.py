@@ -102,7 +102,7 @@ class Forecast:
         yield f"advice     {self.advice}"
 
 
-def forecast(config: ModelConfig, sizes: Sizes, fixed_bytes: int, budget: Budget, rates: Rates) -> Forecast:
+def forecast(config: ModelConfig, sizes: Sizes, *, fixed_bytes: int, budget: Budget, rates: Rates) -> Forecast:
     """Foretell.
 
     Args:

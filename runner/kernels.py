@@ -30,6 +30,9 @@ _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 _room_lock = threading.Lock()
 """Models in several threads take turns: what they work in, and the library's threads, are there once."""
 
+# A child has no other thread that would give it back, nor the library's if it is starting them.
+os.register_at_fork(before=_room_lock.acquire, after_in_parent=_room_lock.release, after_in_child=_room_lock.release)
+
 _started: dict[str, tuple[str, int, int]] = {}
 """Variant and threads that the library, of which there is one in a process, was started with."""
 

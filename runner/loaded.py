@@ -30,7 +30,7 @@ from runner.policy import Key
 from runner.sampling import SamplingParams
 from runner.speculative import Speculation
 from runner.telemetry import RunStats, Telemetry
-from runner.text import StopScanner, Text, read_optional_json
+from runner.text import StopScanner, Text, read_optional_json, tokenizer_bytes
 from runner.weights import WeightStore
 
 Speculate = Literal["auto", "on", "off"]
@@ -192,15 +192,8 @@ class LoadedModel:
         """Divide the memory, with the MTP layer where it is wanted and can be had; whether it is."""
 
         def plan(*, has_mtp: bool) -> Budget:
-            return plan_budget(
-                config,
-                measure(self.contents, config, self.io, self.mtp if has_mtp else None),
-                ram=ram,
-                ctx=ctx,
-                here=machine.examine(),
-                process=machine.resident_bytes(),
-                is_compiled=kernels.library() is not None,
-            )
+            sizes = measure(self.contents, config, self.io, self.mtp if has_mtp else None)
+            return plan_memory(self.contents, config, sizes, ram=ram, ctx=ctx)
 
         self.idle_speculation = None
         if speculate != "off":
@@ -338,6 +331,21 @@ def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | No
         slot=slot,
         experts=len(experts),
         layers=config.num_hidden_layers + (mtp is not None),
+    )
+
+
+def plan_memory(
+    contents: Contents, config: ModelConfig, sizes: Sizes, *, ram: int | None = None, ctx: int | None = None
+) -> Budget:
+    """Divide this machine's memory; see `plan_budget`."""
+    return plan_budget(
+        config,
+        sizes,
+        ram=ram,
+        ctx=ctx,
+        here=machine.examine(),
+        process=machine.resident_bytes() + tokenizer_bytes(contents.root),  # it is read later
+        is_compiled=kernels.library() is not None,
     )
 
 

@@ -105,7 +105,9 @@ def _memory(root: Path, groups: list[Path]) -> tuple[int | None, int | None]:
     info = {key: int(value.split()[0]) * 1024 for key, value in _pairs(root / "proc/meminfo").items() if value}
     total, available = info.get("MemTotal"), info.get("MemAvailable")
     for group in groups:
-        limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
+        # Above the first a process is ended, above the second it is slowed until it is no use.
+        most = _number(group / "memory.max", group / "memory.limit_in_bytes"), _number(group / "memory.high")
+        limit = min((one for one in most if one is not None), default=None)
         if limit is None:
             continue
         used = _number(group / "memory.current", group / "memory.usage_in_bytes") or 0

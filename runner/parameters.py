@@ -79,14 +79,16 @@ class Parameters:
         return self._sized(replace(self._weights.matrix(prefix), name=f"{prefix}.weight"), rows, columns)
 
     def vector(self, name: str, size: int) -> Tensor:
-        """Give a small plain tensor as [size] float32.
+        """Give a small plain tensor as [size] float32, where a float may lie.
 
         Raises:
             IntegrityError: It has another shape.
         """
         stored = self._weights.tensor(name)
         check_shape(name, tuple(stored.shape), (size,))
-        return widen(stored, name)
+        wide = widen(stored, name)
+        # One that is stored as float32 is still where its file put it, at any byte.
+        return wide.clone() if wide.data_ptr() % wide.element_size() else wide
 
     def rows(self, name: str, ids_T: Tensor, rows: int, columns: int) -> Tensor:
         """Give the rows ``ids_T`` of a plain [rows, columns] tensor as [T, columns] float32, and no others.
@@ -146,7 +148,10 @@ class Parameters:
 
 
 def _held_matrix(expert: Expert, prefix: str) -> Matrix:
-    return stored_matrix(prefix, expert.tensors[f"{prefix}.weight"], expert.tensors.get(f"{prefix}.weight_scale_inv"))
+    weight = expert.tensors.get(f"{prefix}.weight")
+    if weight is None:  # it takes no place in memory
+        raise IntegrityError(f"{prefix}.weight has no numbers; the tensor is damaged")
+    return stored_matrix(prefix, weight, expert.tensors.get(f"{prefix}.weight_scale_inv"))
 
 
 def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:

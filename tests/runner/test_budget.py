@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import ResourceError
-from runner.budget import BLOCK_TOKENS, PASS_TOKENS, Budget, Sizes, plan_budget, work_bytes
+from runner.budget import BLOCK_TOKENS, HEAD_TOKENS, PASS_TOKENS, Budget, Sizes, plan_budget, work_bytes
 from runner.config import ModelConfig
 from runner.machine import Machine
 
@@ -96,6 +96,16 @@ def test_the_floor_that_is_said_is_enough() -> None:
     assert budget.ctx <= 1200
     for part in ("dense weights 17.3 GB", "8 experts 352 MB", "a context of 1024 tokens", "activations", "the process"):
         assert part in str(refused.value)
+
+
+def test_the_logits_of_a_large_vocabulary_count() -> None:
+    """A pass of a narrow model takes less than its head: two blocks of logits, or one and what is made of it."""
+    narrow = replace(CONFIG, hidden_size=256, intermediate_size=96, moe_intermediate_size=40, num_attention_heads=2)
+    logits = min(600, HEAD_TOKENS) * CONFIG.vocab_size * 4
+    assert work_bytes(narrow, 600, 600, is_compiled=True) >= 2 * logits
+    assert work_bytes(CONFIG, 512, 1024, is_compiled=True) == work_bytes(
+        replace(CONFIG, vocab_size=1), 512, 1024, is_compiled=True
+    )
 
 
 def test_a_longer_text_costs_experts_and_is_refused_when_it_does_not_fit() -> None:

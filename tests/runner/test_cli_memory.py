@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+import manifests
 from runner import demo, kernels
 
 Call = Callable[..., Result]
@@ -103,6 +104,21 @@ def test_bench_ends_in_one_line_of_json(call: Call) -> None:
     assert found["decode"]["hit_rate"] == 1.0
     assert [line.split()[0] for line in card] == ["open", "memory", "disk", "first", "read", "decode", "read"]
     assert json.loads(call("bench", "--prompt-tokens", "5", "-n", "4", "--json").stdout)["settings"]["tokens"] == 4
+
+
+@compiled_only
+@pytest.mark.parametrize("io", ["mmap", "direct"])
+def test_the_floor_counts_what_experts_hold_and_not_the_room_they_get(document: Document, io: str) -> None:
+    """In original shards a slot of the window is many times as large as one of these experts."""
+    expert = sum(len(tensor.data) for tensor in manifests.open(demo.path()).expert(1, 0).values())
+    found = document("bench", "--prompt-tokens", "5", "-n", "4", "--io", io)
+    decode = found["decode"]
+    assert decode["expert_hits"] == 4 * 3 * 8
+    assert found["settings"]["expert_bytes"] == expert
+    assert found["settings"]["slot_bytes"] > 1.5 * expert
+    moved = found["fixed_bytes"] * 4 + decode["expert_hits"] * expert
+    floor = decode["read_bytes"] / found["disk_read_gbps"] + moved / found["memory_read_gbps"]
+    assert decode["floor_s"] == pytest.approx(floor / 1e9, rel=1e-6)
 
 
 def test_bench_with_given_ids(call: Call, document: Document, tmp_path: Path) -> None:

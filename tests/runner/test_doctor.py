@@ -170,6 +170,15 @@ def test_a_resharded_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "layers/1/experts/3.safetensors" in report.problems[0].message
 
 
+def test_the_forecast_counts_what_experts_hold_and_not_the_room_they_get(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    expert = 3 * 40 * 72 * 2  # three matrices of bfloat16; two experts in each of two layers are a token's
+    for folder in (tiny_checkpoint, reshard_to(tmp_path / "experts", tiny_checkpoint)):
+        found = examine(folder).forecast
+        assert found is not None
+        assert found.budget.slot > found.budget.expert == expert
+        assert found.routed_bytes == 2 * 2 * expert
+
+
 def test_a_part_of_a_checkpoint_is_incomplete(tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = examine(reshard_to(tmp_path / "part", tiny_checkpoint, "--experts", "0-5"))
     assert problems(report) == [("tensors", 3)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import runner.evaluate
 from manifests.errors import ToolkitError
+from runner.budget import HEAD_TOKENS
 from runner.cache import LatentCache
 from runner.config import ModelConfig
 from runner.evaluate import Evaluation, evaluate, total
@@ -30,6 +31,7 @@ class Bigrams:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.read: list[list[int]] = []
+        self.most_rows = 0
         self.table_VV = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3))
 
     def hidden(self, ids: Tensor, cache: LatentCache) -> Tensor:
@@ -41,6 +43,7 @@ class Bigrams:
         return ids
 
     def logits(self, hidden: Tensor) -> Tensor:
+        self.most_rows = max(self.most_rows, len(hidden))
         return self.table_VV[hidden]
 
     def cost(self, ids: list[int]) -> float:
@@ -76,6 +79,13 @@ def test_every_token_after_the_first_exactly_once(config: ModelConfig, ids: list
     # Windows follow each other without gap or repetition, none longer than ctx with the token it predicts last.
     assert [token for window in model.read for token in window] == ids[:-1]
     assert [len(window) + 1 for window in model.read[:-1]] == [ctx] * (len(model.read) - 1)
+
+
+def test_no_more_logits_at_once_than_the_budget_has_room_for(config: ModelConfig) -> None:
+    model = Bigrams(config)
+    found, _ = run(model, [one % VOCAB for one in range(500)], ctx=400)
+    assert model.most_rows == HEAD_TOKENS
+    assert found.tokens == 499
 
 
 def test_the_figures() -> None:

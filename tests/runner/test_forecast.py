@@ -8,11 +8,12 @@ import pytest
 
 from runner.budget import Budget, Sizes, plan_budget
 from runner.config import ModelConfig
-from runner.forecast import Rates, forecast
+from runner.forecast import Forecast, Rates, forecast
 from runner.machine import Machine
 from tests.runner.test_budget import CONFIG, HERE, SIZES
 
 FIXED = 17_200_000_000
+EXPERT = 44_050_944
 RATES = Rates(memory=35.0, direct=2.0, mapped=1.9)
 
 
@@ -20,9 +21,13 @@ def budget_of(ram: int) -> Budget:
     return plan_budget(CONFIG, SIZES, ram=ram, ctx=2048, here=HERE, process=250_000_000, is_compiled=True)
 
 
+def foretell(budget: Budget, rates: Rates = RATES) -> Forecast:
+    return forecast(CONFIG, SIZES, fixed_bytes=FIXED, budget=budget, rates=rates)
+
+
 def test_a_machine_that_holds_the_dense_part_waits_for_its_disk() -> None:
-    found = forecast(CONFIG, SIZES, FIXED, budget_of(24_000_000_000), RATES)
-    assert found.routed_bytes == 58 * 8 * SIZES.expert
+    found = foretell(budget_of(24_000_000_000))
+    assert found.routed_bytes == 58 * 8 * EXPERT
     assert 0 < found.hit_rate < 0.01
     assert found.expected_s == pytest.approx((1 - found.hit_rate) * 20.44 / 2.0 + 17.2 / 35, rel=0.01)
     assert found.warm_s == pytest.approx(37.6 / 35, rel=0.01)
@@ -32,25 +37,25 @@ def test_a_machine_that_holds_the_dense_part_waits_for_its_disk() -> None:
 
 
 def test_a_machine_that_holds_everything() -> None:
-    found = forecast(CONFIG, SIZES, FIXED, budget_of(1_000_000_000_000), RATES)
+    found = foretell(budget_of(1_000_000_000_000))
     assert (found.hit_rate, found.expected_s) == (1.0, found.warm_s)
     assert found.advice.startswith("everything fits in memory")
 
 
 def test_a_machine_that_holds_most() -> None:
-    found = forecast(CONFIG, SIZES, FIXED, budget_of(660_000_000_000), RATES)
+    found = foretell(budget_of(660_000_000_000))
     assert found.advice.startswith("memory is read longer than the disk")
 
 
 @pytest.mark.parametrize(("direct", "mapped", "io"), [(2.0, 1.0, "direct"), (2.0, 1.8, "mmap"), (1.0, 2.0, "mmap")])
 def test_the_faster_way_in(direct: float, mapped: float, io: str) -> None:
-    found = forecast(CONFIG, SIZES, FIXED, budget_of(24_000_000_000), Rates(memory=35.0, direct=direct, mapped=mapped))
+    found = foretell(budget_of(24_000_000_000), Rates(memory=35.0, direct=direct, mapped=mapped))
     assert found.io == io
 
 
 def test_what_could_not_be_measured_is_not_foretold() -> None:
     for rates in (Rates(memory=None, direct=2.0, mapped=None), Rates(memory=35.0, direct=None, mapped=None)):
-        found = forecast(CONFIG, SIZES, FIXED, budget_of(24_000_000_000), rates)
+        found = foretell(budget_of(24_000_000_000), rates)
         assert (found.warm_s, found.expected_s, found.cold_s) == (None, None, None)
         assert found.to_document()["tokens_per_s_expected"] is None
         assert "unknown" in " ".join(found.lines())
@@ -61,5 +66,5 @@ def test_a_model_without_routed_experts() -> None:
     sizes = Sizes(dense=1_000_000_000, expert=0, slot=0, experts=0, layers=61)
     here: Machine = HERE
     budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=0, is_compiled=True)
-    found = forecast(config, sizes, 1_000_000_000, budget, RATES)
+    found = forecast(config, sizes, fixed_bytes=1_000_000_000, budget=budget, rates=RATES)
     assert (found.routed_bytes, found.hit_rate) == (0, 1.0)

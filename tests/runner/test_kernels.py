@@ -6,6 +6,8 @@ import ctypes
 import itertools
 import mmap
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -410,9 +412,36 @@ def test_a_forked_child_has_threads_of_its_own(compiled: Kernels) -> None:
     expected = compiled.linear(x, matrix)
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(kernels_of(compiled.variant).linear(x, matrix), expected) else 1)
+        is_right = torch.equal(kernels_of(compiled.variant).linear(x, matrix), expected)
+        os._exit(0 if is_right and len(os.listdir("/proc/self/task")) == 3 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(compiled.linear(x, matrix), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_within_a_product_of_another_thread(compiled: Kernels) -> None:
+    """It has no such thread, so nobody would ever end that product there."""
+    ((gate, up, down),) = experts_of(1024, (1024,))
+    work, x, is_over = [(Mlp(gate=gate, up=up, down=down), None)], seeded(40, 1024), threading.Event()
+    compiled.experts(work, x, dtype=torch.float32)
+
+    def multiply() -> None:
+        while not is_over.is_set():
+            compiled.experts(work, x, dtype=torch.float32)
+
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    try:
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                compiled.experts(work, x[:1], dtype=torch.float32)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def test_the_best_is_taken() -> None:

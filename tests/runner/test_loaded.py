@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import runner
-from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.errors import (
+    IntegrityError,
+    ManifestError,
+    ResourceError,
+    SourceNotFoundError,
+    ToolkitError,
+    UnsupportedModelError,
+)
 from runner import demo
 from runner.loaded import LoadedModel, choose_sampling
 from runner.sampling import SamplingParams
@@ -46,6 +53,28 @@ def edited(tiny_checkpoint: Path, tmp_path: Path) -> EditedCheckpoint:
         return folder
 
     return edit
+
+
+def test_a_tokenizer_that_is_read_later_counts_already(
+    edited: EditedCheckpoint, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's takes 70 MB, and is read when the memory is long divided."""
+    monkeypatch.setattr("runner.machine.resident_bytes", lambda: 200_000_000)
+    without = LoadedModel(edited({"tokenizer.json": None})).budget.process
+    size = (tiny_checkpoint / "tokenizer.json").stat().st_size
+    assert LoadedModel(tiny_checkpoint).budget.process >= without + 8 * size
+
+
+def test_an_expert_without_numbers_is_refused_by_name(edited: EditedCheckpoint) -> None:
+    folder = edited()
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name.startswith("model.layers.1.mlp.experts.") and name.endswith(".gate_proj.weight"):
+                tensors[name] = tensor[:0]
+        save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"model\.layers\.1\.mlp\.experts\.\d\.gate_proj\.weight has no numbers"):
+        LoadedModel(folder).logits([3, 4, 5])
 
 
 # --- generation ---

@@ -54,6 +54,20 @@ def test_limits_of_version_2_count_on_every_level(tmp_path: Path) -> None:
     assert (here.cores, here.memory_bytes, here.available_bytes) == (2, 16 * GB, 10 * GB)
 
 
+def test_a_limit_that_slows_instead_of_ending_counts(tmp_path: Path) -> None:
+    """Above memory.high the system takes pages back at every step; systemd's MemoryHigh= is that."""
+    here = look(
+        tmp_path,
+        **{
+            "proc/self/cgroup": "0::/box\n",
+            "sys/fs/cgroup/box/memory.max": f"{16 * GB}\n",
+            "sys/fs/cgroup/box/memory.high": f"{8 * GB}\n",
+            "sys/fs/cgroup/box/memory.current": f"{3 * GB}\n",
+        },
+    )
+    assert (here.memory_bytes, here.available_bytes) == (8 * GB, 5 * GB)
+
+
 def test_inside_a_container_the_top_is_looked_at(tmp_path: Path) -> None:
     here = look(
         tmp_path,

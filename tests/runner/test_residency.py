@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from manifests.errors import IntegrityError, SourceNotFoundError, ToolkitError
 from manifests.inventory import Location
 from runner import kernels
-from runner.background import Background
+from runner.background import Background, Load
 from runner.layout import Layout, lay_out
 from runner.memory import Region
 from runner.policy import Key, Policy
@@ -315,8 +315,9 @@ def test_an_interrupt_anywhere_leaves_a_window_that_works(
             assert sorted(window._unused) == []
 
 
+@pytest.mark.parametrize("left", [4096, 9000])
 def test_a_file_that_is_cut_while_it_is_read(
-    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+    folder: Folder, way: type[Direct] | type[Mapped], left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking at its size and reading it."""
     window = open_window(folder, way, 4)
@@ -324,7 +325,7 @@ def test_a_file_that_is_cut_while_it_is_read(
 
     def cut(descriptor: int) -> os.stat_result:
         found = real(descriptor)
-        os.truncate(folder.path((0, 2)), 4096)
+        os.truncate(folder.path((0, 2)), left)
         return found
 
     monkeypatch.setattr(os, "fstat", cut)
@@ -394,6 +395,28 @@ def test_a_slot_is_not_read_into_while_its_last_reader_is_at_work(
     assert window.counters.hits == 1
 
 
+def test_a_slot_keeps_its_last_expert_when_an_abandoned_one_is_read_late(
+    folder: Folder, way: type[Direct] | type[Mapped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads may begin in any order: the one before must not be read over the one that is wanted now."""
+    loads: list[Load] = []
+
+    def keep(self: Background, work: Callable[[], None], *, urgency: int = 0) -> Load:
+        loads.append(Load(self._queue, work))
+        return loads[-1]
+
+    monkeypatch.setattr(Background, "submit", keep)
+    window = open_window(folder, way, 1)
+    for expert in (0, 1):
+        groups = window.groups(0, [expert])
+        assert next(next(groups)) == []
+        groups.close()  # type: ignore[attr-defined]
+    loads[1].run()
+    loads[0].run()
+    assert list(use(window, 0, [1])) == [[1]]
+    assert (window.counters.hits, window.counters.misses) == (1, 2)
+
+
 def test_a_bus_error_elsewhere_still_ends_the_process(
     folder: Folder, way: type[Direct] | type[Mapped], tmp_path: Path
 ) -> None:
@@ -450,4 +473,7 @@ def test_a_file_system_without_direct_reading(
 
     monkeypatch.setattr("os.open", refuse)
     window = open_window(folder, way, 4)
+    os.sync()  # what is not written yet cannot leave
     list(use(window, 0, range(20)))
+    if way is Direct:  # read through the page cache, and out of it
+        assert not any(is_cached(folder.path((0, expert))) for expert in range(20))

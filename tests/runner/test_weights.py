@@ -17,6 +17,7 @@ from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError,
 from manifests.header import HeaderTensor, encode_header
 from runner import background
 from runner.contents import Contents, group_of, pass_order
+from runner.parameters import Parameters
 from runner.weights import WeightStore
 
 
@@ -72,6 +73,31 @@ def test_every_bit_pattern_comes_through_at_odd_offsets(tmp_path: Path, dtype: t
     assert found.dtype == dtype
     assert found.shape == stored.shape
     assert torch.equal(found.clone().view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_vector_may_be_read_number_by_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Norms and biases go to C as pointers to float, which must not be odd; matrices are taken as bytes there."""
+    stored = random_bits(dtype, 53)
+    write_odd(tmp_path / "model.safetensors", {"a.bias": stored})
+    found = Parameters(open_store(tmp_path), None).vector("a.bias", 53)
+    assert found.data_ptr() % found.element_size() == 0
+    assert torch.equal(found.view(torch.int32), stored.to(torch.float32).view(torch.int32))
+
+
+def test_what_could_not_be_read_is_read_when_it_is_whole_again(tiny_copy: Path) -> None:
+    store = open_store(tiny_copy)
+    away = tiny_copy / "away"
+    away.mkdir()
+    for shard in tiny_copy.glob("*.safetensors"):
+        shard.rename(away / shard.name)
+        shard.write_bytes(bytes(4000))
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="has 4000 bytes, expected"):
+            store.tensor("model.norm.weight")
+    for shard in away.iterdir():
+        shard.replace(tiny_copy / shard.name)
+    assert torch.equal(store.tensor("model.norm.weight"), load_files(tiny_copy)["model.norm.weight"])
 
 
 def test_nothing_is_read_before_it_is_asked_for(tiny_checkpoint: Path) -> None:
