@@ -2,18 +2,20 @@
    columns at a time as with float32. e4m3 is exact in bfloat16 and the products are exact in float32; the sums are
    float32, as is each block's scale, which is multiplied with the sum of a piece.
 
-   A lane is a row here, so there are no lanes to add (for a few tokens a lane is a column, bf16_few.h): 16 rows of weights are transposed while they are expanded, pairs
+   A lane is a row here, so there are no lanes to add: 16 rows of weights are transposed while they are expanded, pairs
    of columns stay together, and a pair of one token's activations goes to all lanes. A lane adds the columns of a piece
-   from the left, then the pieces; that is not the order of panel.h, so a few tokens and many may differ in a bit. */
+   from the left, then the pieces. A few tokens have a way of their own, in bf16_few.h, and fewer are multiplied as
+   float32. These are three orders of additions, so that counts of tokens may differ in a bit. */
 
-#define PACKED_FROM 4     /* tokens; fewer take panel.h's way, which is as fast as memory is read */
+#define PACKED_FROM 3     /* tokens; fewer take panel.h's way, which is as fast as memory is read */
 #define PACKED_TOKENS 192 /* that share one expansion */
 #define PACKED_TILE 12    /* tokens whose sums with PACKED_ROWS rows fit the registers */
 #define PACKED_ROWS 32
 
 static inline int64_t count_pieces(int64_t columns) { return (columns + PIECE - 1) / PIECE; }
 
-/* Floats of room for packed activations: [pieces, tokens, PIECE] bfloat16, zeros behind the columns. */
+/* Floats of room for packed activations: [pieces, tokens, PIECE] bfloat16, zeros behind the columns. For a few tokens
+   and FP8 the columns of each line are in the order of bf16_few.h. */
 static inline int64_t packed_room(int64_t tokens, int64_t columns)
 {
     return tokens * count_pieces(columns) * PIECE / 2;

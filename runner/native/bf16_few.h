@@ -1,9 +1,11 @@
-/* Products of bf16.h for a few tokens: weights are expanded into registers and never written, as a lane is a column.
+/* Products of bf16.h for a few tokens: weights are expanded into registers and never written, as in panel.h, and a lane
+   is a column.
 
-   Activations are packed in the order in which the bytes of 64 codes come out as two vectors. A tile of rows and tokens
-   has 16 sums in flight, for a piece. Before they are multiplied by their scale, the lanes of four tokens are added to
-   those of one vector, so that there is one multiplication where there were four: those, and what they would read and
-   write, took a third of the time. A row's sums depend on its own numbers and the count of tokens alone. */
+   64 codes become two vectors as their bytes are unpacked, without a permutation: the activations are packed in the
+   order that this gives. A tile of rows and tokens adds up a piece in the registers. Then the lanes of four tokens are
+   added to those of one vector, quarters of it each, so that one multiplication by the scale does for four; else those
+   multiplications, and reading and writing what they add to, take a quarter of the time. The quarters are added last. A
+   row's sums depend on its own numbers and the count of tokens, not on the rows beside it. */
 
 #define FEW_TOKENS 8          /* more take bf16.h's other way: measured from 10 on */
 #define FEW_ROWS 16           /* that share a segment of the activations */
@@ -43,8 +45,8 @@ INLINE_BF16 __m512 add_four_bf16(__m512 a, __m512 b, __m512 c, __m512 d)
         _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
 }
 
-/* Add the products of `pieces` pieces of `rows` rows with `tokens` tokens to their sums. Row r begins at w[r]; `next` is
-   what to ask memory for on the way, `stride` bytes for each row. */
+/* Add the products of `pieces` pieces of `rows` rows with `tokens` tokens to their sums. Row r begins at w[r]; `next`
+   is what to ask memory for on the way, `stride` bytes for each row. */
 INLINE_BF16 void few_tile_bf16(
     const int kind, const int rows, const int tokens, const uint8_t *const *w, int64_t pieces,
     const uint8_t *const *scales, const int64_t *blocks, const uint16_t *x, float (*total)[FEW_FOURS][LANES],
@@ -124,7 +126,8 @@ INLINE_BF16 void few_rows_bf16(
         for (int64_t r = 0; r < count; r += rows) {
             const uint8_t *next = first + (count * (columns + begin) + r * size) * bytes; /* in the order of memory */
             few_tile_bf16(
-                kind, rows, tokens, w + r, pieces, scales + r, blocks, x + begin * tokens, total + r, next, size * bytes);
+                kind, rows, tokens, w + r, pieces, scales + r, blocks, x + begin * tokens, total + r, next,
+                size * bytes);
         }
     }
     float sums[FEW_TOKENS][FEW_ROWS];
@@ -155,7 +158,7 @@ TARGET_BF16 static void multiply_few(
         else \
             few_rows_bf16(a, FP8_E4M3, n, row, count, x, y); \
         break;
-            CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+            CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
         }
     }
