@@ -4,16 +4,18 @@
 
    A lane is a row here, so there are no lanes to add: 16 rows of weights are transposed while they are expanded, pairs
    of columns stay together, and a pair of one token's activations goes to all lanes. A lane adds the columns of a piece
-   from the left, then the pieces; that is not the order of panel.h, so a few tokens and many may differ in a bit. */
+   from the left, then the pieces. A few tokens have a way of their own, in bf16_few.h, and fewer are multiplied as
+   float32. These are three orders of additions, so that counts of tokens may differ in a bit. */
 
-#define PACKED_FROM 4     /* tokens; fewer take panel.h's way, which is as fast as memory is read */
+#define PACKED_FROM 3     /* tokens; fewer take panel.h's way, which is as fast as memory is read */
 #define PACKED_TOKENS 192 /* that share one expansion */
 #define PACKED_TILE 12    /* tokens whose sums with PACKED_ROWS rows fit the registers */
 #define PACKED_ROWS 32
 
 static inline int64_t count_pieces(int64_t columns) { return (columns + PIECE - 1) / PIECE; }
 
-/* Floats of room for packed activations: [pieces, tokens, PIECE] bfloat16, zeros behind the columns. */
+/* Floats of room for packed activations: [pieces, tokens, PIECE] bfloat16, zeros behind the columns. For a few tokens
+   and FP8 the columns of each line are in the order of bf16_few.h. */
 static inline int64_t packed_room(int64_t tokens, int64_t columns)
 {
     return tokens * count_pieces(columns) * PIECE / 2;
@@ -33,11 +35,15 @@ static int is_packed(const rk_matrix *a, int64_t tokens)
     return a->kind == BF16 || (a->kind == FP8_E4M3 && a->block_columns % PIECE == 0);
 }
 
-/* One piece of x, [.., columns] float32, rows `token` of it or all in order. */
+#include "bf16_few.h"
+
+/* One piece of x, [.., columns] float32, rows `token` of it or all in order, for a product with `a` or a matrix of its
+   kind. */
 TARGET_BF16 static void pack(
-    const float *x, const int64_t *token, int64_t tokens, int64_t columns, int64_t piece, uint16_t *packed)
+    const rk_matrix *a, const float *x, const int64_t *token, int64_t tokens, int64_t piece, uint16_t *packed)
 {
-    const int64_t begin = piece * PIECE;
+    const int64_t begin = piece * PIECE, columns = a->columns;
+    const int is_split = tokens <= FEW_TOKENS && a->kind == FP8_E4M3;
     for (int64_t t = 0; t < tokens; t++) {
         const float *from = x + (token ? token[t] : t) * columns;
         uint16_t *to = packed + (piece * tokens + t) * PIECE;
@@ -45,7 +51,13 @@ TARGET_BF16 static void pack(
             const int64_t left = columns - c;
             const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
             const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, from + c));
-            memcpy(to + c - begin, &rounded, sizeof rounded);
+            if (is_split) {
+                uint16_t *half = to + few_place(c - begin);
+                memcpy(half, &rounded, sizeof rounded / 2);
+                memcpy(half + FEW_APART, (const char *)&rounded + sizeof rounded / 2, sizeof rounded / 2);
+            } else {
+                memcpy(to + c - begin, &rounded, sizeof rounded);
+            }
         }
     }
 }
@@ -180,6 +192,10 @@ TARGET_BF16 static void multiply_packed(
     const rk_matrix *a, int64_t begin, int64_t end, const uint16_t *x, int64_t tokens, float *y)
 {
     end = end < a->rows ? end : a->rows;
+    if (tokens <= FEW_TOKENS) {
+        multiply_few(a, begin, end, x, tokens, y);
+        return;
+    }
     for (int64_t t = 0; t < tokens; t += PACKED_TOKENS) {
         const int64_t some = tokens - t < PACKED_TOKENS ? tokens - t : PACKED_TOKENS;
         for (int64_t row = begin; row < end; row += PACKED_ROWS) {
@@ -195,9 +211,10 @@ TARGET_BF16 static void multiply_packed(
 #else
 
 static int is_packed(const rk_matrix *a, int64_t tokens) { return (void)a, (void)tokens, 0; }
-static void pack(const float *x, const int64_t *token, int64_t tokens, int64_t columns, int64_t piece, uint16_t *packed)
+static void pack(
+    const rk_matrix *a, const float *x, const int64_t *token, int64_t tokens, int64_t piece, uint16_t *packed)
 {
-    (void)x, (void)token, (void)tokens, (void)columns, (void)piece, (void)packed;
+    (void)a, (void)x, (void)token, (void)tokens, (void)piece, (void)packed;
 }
 static void multiply_packed(
     const rk_matrix *a, int64_t begin, int64_t end, const uint16_t *x, int64_t tokens, float *y)

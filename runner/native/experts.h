@@ -41,7 +41,7 @@ static void run_pack_x(const void *context, int64_t chunk)
     const rk_expert *expert = job->experts + chunk / job->pieces;
     uint16_t *packed = job->packed[2 * (chunk / job->pieces)];
     if (packed != NULL)
-        pack(job->all, expert->token, expert->tokens, expert->gate.columns, chunk % job->pieces, packed);
+        pack(&expert->gate, job->all, expert->token, expert->tokens, chunk % job->pieces, packed);
 }
 
 static void run_pack_h(const void *context, int64_t chunk)
@@ -51,7 +51,7 @@ static void run_pack_h(const void *context, int64_t chunk)
     const rk_expert *expert = job->experts + e;
     uint16_t *packed = job->packed[2 * e + 1];
     if (packed != NULL && piece < count_pieces(expert->down.columns))
-        pack(job->h[e], NULL, expert->tokens, expert->down.columns, piece, packed);
+        pack(&expert->down, job->h[e], NULL, expert->tokens, piece, packed);
 }
 
 /* silu(gate x) * (up x), a few rows of one expert. */
@@ -92,9 +92,11 @@ static int64_t x_room(const rk_expert *expert, int is_packed_x)
     return expert->token ? expert->tokens * expert->gate.columns : 0;
 }
 
+/* Once for gate and up, whose kind says how. */
 static int is_packed_x(const rk_expert *expert, int rounds)
 {
-    return rounds && is_packed(&expert->gate, expert->tokens) && is_packed(&expert->up, expert->tokens);
+    return rounds && expert->gate.kind == expert->up.kind && is_packed(&expert->gate, expert->tokens)
+        && is_packed(&expert->up, expert->tokens);
 }
 
 static int is_packed_h(const rk_expert *expert, int rounds)

@@ -252,7 +252,7 @@ typedef struct {
 static void run_pack(const void *context, int64_t piece)
 {
     const linear_job *job = context;
-    pack(job->x, NULL, job->tokens, job->a->columns, piece, job->packed);
+    pack(job->a, job->x, NULL, job->tokens, piece, job->packed);
 }
 
 static void run_linear(const void *context, int64_t chunk)

@@ -23,7 +23,7 @@ from runner.kernels import Kernels, Part
 
 BLOCK = 128
 ROUNDED = (torch.float32, torch.bfloat16)
-"""What activations are rounded to; bfloat16 has products of its own on some processors, from four tokens on."""
+"""What activations are rounded to; bfloat16 has products of its own on some processors, from three tokens on."""
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 WITH_FMA = tuple(variant for variant in kernels.supported() if variant != "portable")
 
@@ -76,7 +76,10 @@ def all_numbers(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("count", "rounded"), [(1, torch.float32), (3, torch.float32), (5, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("count", "rounded"),
+    [(1, torch.float32), (3, torch.float32)] + [(count, torch.bfloat16) for count in (3, 4, 5, 6, 8, 9)],
+)
 def test_every_bit_pattern(compiled: Kernels, dtype: torch.dtype, count: int, rounded: torch.dtype) -> None:
     """Picked out one column at a time: exact, signs and subnormals and all, and NaN stays NaN."""
     weight = all_numbers(dtype)
@@ -104,7 +107,7 @@ def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
     for code, column in itertools.product((0x7F, 0xFF), (3, 130, 255, 299)):
         matrix = fp8(20, 300)
         matrix.weight.view(torch.uint8)[7, column] = code
-        for count, dtype in itertools.product((1, 2, 3, 5, 7, 14), ROUNDED):
+        for count, dtype in itertools.product((1, 2, 3, 4, 5, 7, 8, 14), ROUNDED):
             y = compiled.linear(seeded(count, 300).to(dtype).float(), matrix, dtype=dtype)
             assert y.isnan().nonzero()[:, 1].unique().tolist() == [7]
             assert (compiled.linear(torch.zeros(count, 300), matrix, dtype=dtype)[:, 7]).isnan().all()
@@ -112,13 +115,13 @@ def test_a_number_that_is_none_spoils_its_row_alone(compiled: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_an_activation_that_is_none_spoils_its_token_alone(compiled: Kernels, dtype: torch.dtype) -> None:
-    for number, column in itertools.product((torch.nan, torch.inf), (0, 129, 299)):
-        x = seeded(14, 300).to(dtype).float()
-        x[9, column] = number
+    for count, number, column in itertools.product((4, 6, 8, 14), (torch.nan, torch.inf), (0, 129, 299)):
+        x = seeded(count, 300).to(dtype).float()
+        x[3, column] = number
         y = compiled.linear(x, Matrix(weight=torch.ones(40, 300).bfloat16(), scale=None), dtype=dtype)
-        assert (~y.isfinite()).all(dim=1).nonzero().tolist() == [[9]]
-        assert y[9].isnan().all() == (number != torch.inf)
-        assert y.isfinite().sum() == 13 * 40
+        assert (~y.isfinite()).all(dim=1).nonzero().tolist() == [[3]]
+        assert y[3].isnan().all() == (number != torch.inf)
+        assert y.isfinite().sum() == (count - 1) * 40
 
 
 SHAPES = [
@@ -169,10 +172,38 @@ def test_the_product_of_rounded_activations_is_exact_too(compiled: Kernels, rows
         block = {"fp8": (128, 128), "narrow blocks": (3, 20), "low blocks": (5, 128), "double blocks": (50, 256)}[kind]
         matrix = fp8(rows, columns, block=block)
     exact = dequantize(matrix).double()
-    for count in (1, 3, 4, 5, 8, 13, 33, 200):
+    for count in (*range(1, 21), 33, 48, 64, 200):
         x = seeded(count, columns, seed=count).bfloat16().float()
         y = compiled.linear(x, matrix, dtype=torch.bfloat16)
         assert ((y.double() - x.double() @ exact.T).abs() <= rounding_bound(x, exact) + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("columns", [64, 128, 129, 300, 3000])
+def test_each_column_meets_its_own_activation(compiled: Kernels, columns: int, kind: str) -> None:
+    """Products of one column each, which are exact: the order of what is packed, in every tile of rows and tokens."""
+    matrix = fp8(40, columns)
+    if kind == "bfloat16":
+        matrix = Matrix(weight=seeded(40, columns).bfloat16(), scale=None)
+    exact = dequantize(matrix)
+    for count in range(1, 21):
+        x = torch.zeros(count, columns)
+        at = (torch.arange(count) * 977 + 5 * count) % columns
+        x[torch.arange(count), at] = 2.0 ** torch.arange(count)
+        expected = (exact[:, at] * 2.0 ** torch.arange(count)).T
+        assert torch.equal(compiled.linear(x, matrix, dtype=torch.bfloat16), expected), count
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 8, 9, 16])
+def test_a_row_gets_the_same_whatever_rows_are_beside_it(compiled: Kernels, count: int) -> None:
+    """And so whatever tile of rows it is in."""
+    x = seeded(count, 1100).bfloat16().float()
+    for matrix in (fp8(37, 1100, block=(1, 128)), Matrix(weight=seeded(37, 1100).bfloat16(), scale=None)):
+        whole = compiled.linear(x, matrix, dtype=torch.bfloat16)
+        for begin, end in ((0, 1), (5, 8), (3, 19), (20, 37)):
+            scale = None if matrix.scale is None else matrix.scale[begin:end]
+            some = Matrix(weight=matrix.weight[begin:end], scale=scale, block=matrix.block)
+            assert torch.equal(compiled.linear(x, some, dtype=torch.bfloat16), whole[:, begin:end])
 
 
 def multiplies_bfloat16(compiled: Kernels) -> bool:
@@ -183,10 +214,10 @@ def multiplies_bfloat16(compiled: Kernels) -> bool:
 def test_rounded_activations_have_a_product_of_their_own_for_many_tokens(compiled: Kernels) -> None:
     """And the one of float32 for few tokens, and where the processor has none."""
     matrices = (fp8(300, 1100), Matrix(weight=seeded(300, 1100).bfloat16(), scale=None))
-    for matrix, count in itertools.product(matrices, (1, 3, 4, 8, 50)):
+    for matrix, count in itertools.product(matrices, (1, 2, 3, 4, 8, 9, 50)):
         x = seeded(count, 1100).bfloat16().float()
         same = torch.equal(compiled.linear(x, matrix, dtype=torch.bfloat16), compiled.linear(x, matrix))
-        assert same != (multiplies_bfloat16(compiled) and count > 3)
+        assert same != (multiplies_bfloat16(compiled) and count > 2)
 
 
 def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
@@ -204,7 +235,8 @@ def test_one_row_at_a_time_gives_the_same_bits(compiled: Kernels) -> None:
 
 def test_threads_change_no_bit(compiled: Kernels) -> None:
     matrix = fp8(3000, 1100)  # several chunks
-    for count, dtype in ((1, torch.float32), (6, torch.float32), (6, torch.bfloat16), (250, torch.bfloat16)):
+    rounded = [(count, torch.bfloat16) for count in (*range(2, 21), 48, 64, 250)]
+    for count, dtype in ((1, torch.float32), (6, torch.float32), *rounded):
         x, found = seeded(count, 1100).to(dtype).float(), []
         for threads in (1, 2, 3, 7, 1):
             torch.set_num_threads(threads)
@@ -233,7 +265,7 @@ def test_weights_and_scales_may_begin_anywhere(compiled: Kernels, offset: int) -
     odd = Matrix(weight=moved(matrix.weight, offset), scale=moved(matrix.scale, offset))
     plain = Matrix(weight=seeded(40, 300).bfloat16(), scale=None)
     odd_plain = Matrix(weight=moved(plain.weight, offset), scale=None)
-    for count, dtype in itertools.product((1, 5), ROUNDED):
+    for count, dtype in itertools.product((1, 4, 5, 8, 9), ROUNDED):
         x = seeded(count, 300).to(dtype).float()
         for moved_one, one in ((odd, matrix), (odd_plain, plain)):
             assert torch.equal(compiled.linear(x, moved_one, dtype=dtype), compiled.linear(x, one, dtype=dtype))
@@ -243,7 +275,7 @@ def test_weights_and_scales_may_begin_anywhere(compiled: Kernels, offset: int) -
 def test_nothing_at_all(compiled: Kernels, dtype: torch.dtype) -> None:
     matrix = fp8(40, 300)
     assert compiled.linear(torch.empty(0, 300), matrix, dtype=dtype).shape == (0, 40)
-    for count in (2, 5):
+    for count in (2, 5, 9):
         empty = Matrix(weight=torch.empty(0, 300).to(dtype), scale=None)
         assert compiled.linear(torch.zeros(count, 300), empty, dtype=dtype).shape == (count, 0)
         thin = Matrix(weight=torch.empty(5, 0).to(dtype), scale=None)
@@ -256,11 +288,19 @@ def test_no_byte_beside_the_matrix_counts(compiled: Kernels) -> None:
     matrix = fp8(rows, columns)
     weight = torch.full((rows + 4, columns), 0x7F, dtype=torch.uint8)
     weight[2:-2] = matrix.weight.view(torch.uint8)
-    x = torch.full((9, columns), torch.nan)
-    x[1:-1] = seeded(7, columns).bfloat16()
+    x = torch.full((12, columns), torch.nan)
+    x[1:-1] = seeded(10, columns).bfloat16()
     inner = Matrix(weight=weight.view(torch.float8_e4m3fn)[2:-2], scale=matrix.scale)
-    for begin, end, dtype in ((1, 2, torch.float32), (1, 4, torch.float32), (1, 8, torch.bfloat16)):
-        some = x[begin:end]
+    ends = (
+        (2, torch.float32),
+        (4, torch.float32),
+        (4, torch.bfloat16),
+        (5, torch.bfloat16),
+        (8, torch.bfloat16),
+        (11, torch.bfloat16),
+    )
+    for end, dtype in ends:
+        some = x[1:end]
         y = compiled.linear(some, inner, dtype=dtype)
         assert y.isfinite().all()
         assert torch.equal(y, compiled.linear(some.clone(), matrix, dtype=dtype))
@@ -279,7 +319,7 @@ def before_a_wall(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9])
 def test_nothing_behind_the_end_is_read(compiled: Kernels, count: int, dtype: torch.dtype) -> None:
     for matrix in (fp8(9, 137), fp8(16, 64), fp8(17, 601), Matrix(weight=seeded(5, 45).bfloat16(), scale=None)):
         scale = None if matrix.scale is None else before_a_wall(matrix.scale)
@@ -380,9 +420,10 @@ def test_rows_that_are_picked_are_as_good_as_copies(compiled: Kernels, dtype: to
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-def test_an_expert_is_made_of_its_products(compiled: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("count", [4, 8, 20])
+def test_an_expert_is_made_of_its_products(compiled: Kernels, count: int, dtype: torch.dtype) -> None:
     ((gate, up, down),) = experts_of(300, (200,))
-    x = (seeded(20, 300) / 20).to(dtype).float()
+    x = (seeded(count, 300) / 20).to(dtype).float()
     (found,) = compiled.experts([(Mlp(gate=gate, up=up, down=down), None)], x, dtype=dtype)
     h = silu(compiled.linear(x, gate, dtype=dtype)) * compiled.linear(x, up, dtype=dtype)
     h = h.to(dtype).float()
@@ -390,6 +431,19 @@ def test_an_expert_is_made_of_its_products(compiled: Kernels, dtype: torch.dtype
     bound = 1e-6 if dtype is torch.float32 else 2**-13
     size = h.abs() @ dequantize(down).abs().T
     assert ((found - compiled.linear(h, down, dtype=dtype)).abs() <= bound * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_gate_and_up_may_be_of_two_kinds(compiled: Kernels, count: int) -> None:
+    """Their activations are not packed alike."""
+    ((gate, up, down),) = experts_of(300, (200,))
+    plain = Matrix(weight=dequantize(up).bfloat16(), scale=None)
+    x = (seeded(count, 300) / 20).bfloat16().float()
+    for pair in ((gate, plain), (plain, gate)):
+        (found,) = compiled.experts([(Mlp(gate=pair[0], up=pair[1], down=down), None)], x, dtype=torch.bfloat16)
+        h = silu(x @ dequantize(pair[0]).T) * (x @ dequantize(pair[1]).T)
+        expected = h.bfloat16().float() @ dequantize(down).T
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_parts_are_added_in_their_order(compiled: Kernels) -> None:
