@@ -22,6 +22,7 @@ from runner.cli_options import (
     echo_generated,
     model_option,
     note,
+    note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
     note_speculation,
@@ -126,6 +127,7 @@ def generate(
     )
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
+    note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
     if system is None:
         ids = loaded.text.encode(written)
     else:

@@ -21,6 +21,7 @@ from runner.cli_options import (
     echo_generated,
     model_option,
     note,
+    note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
     note_speculation,
@@ -100,6 +101,7 @@ def chat(
     )
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
+    note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
     note_idle_speculation(loaded, quiet=quiet)
     conversation = Conversation(loaded.text, system=system, thinking=thinking)
     conversation.ask("")  # a model without a usable template is refused before the first turn

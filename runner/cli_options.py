@@ -203,6 +203,12 @@ def note_idle_sampling(temperature: float, given: dict[str, Any], *, quiet: bool
         note(f"note: the temperature is 0, so {idle} {verb} nothing; give --temp to sample", quiet=quiet)
 
 
+def note_fewer_guesses(draft_tokens: int, dtype: str, *, quiet: bool) -> None:
+    """Say that ``--dtype bfloat16`` bounds ``--draft-tokens``."""
+    if dtype != "float32" and draft_tokens > 1:
+        note(f"note: with --dtype {dtype} one token is guessed at a time, so --draft-tokens does nothing", quiet=quiet)
+
+
 def note_idle_speculation(loaded: LoadedModel, *, quiet: bool) -> None:
     """Say why speculation is off though nobody asked for that."""
     if loaded.idle_speculation is not None:

@@ -115,7 +115,8 @@ class LoadedModel:
         pin: A routing trace; the experts that it used most are read now and stay in memory.
         speculate: Whether the MTP layer guesses tokens, several of which are then checked in one pass: ``on``,
             ``off``, or ``auto``, while it pays. The text is the same.
-        draft_tokens: Most guesses of one pass.
+        draft_tokens: Most guesses of one pass; with bfloat16 one, because three rows of a pass may be rounded otherwise
+            than one is.
         mtp_input: Which hidden states the MTP layer is given.
 
     Attributes:
@@ -174,6 +175,7 @@ class LoadedModel:
         self.model = Model(config, self.weights, dtype=dtype)
         self.speculation = None
         if has_mtp:
+            draft_tokens = draft_tokens if dtype == torch.float32 else 1
             embedding, head = (copy.used.removesuffix(".weight") for copy in self.mtp.copies)
             module = MtpModule(config, self.weights, embedding=embedding, head=head, dtype=dtype)
             self.speculation = Speculation(
@@ -198,6 +200,11 @@ class LoadedModel:
         self.idle_speculation = None
         if speculate != "off":
             self.idle_speculation = self.mtp.fault
+            if self.idle_speculation is None and kernels.library() is None:
+                self.idle_speculation = (
+                    "products are not compiled here, and in PyTorch's a row depends on those beside it; "
+                    "install again where there is a C compiler"
+                )
             if self.idle_speculation is None:
                 try:
                     return plan(has_mtp=True), True

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from runner import kernels
+
 Call = Callable[..., Result]
 PROMPT = "def read_file(path):"
 
@@ -54,3 +56,27 @@ def test_a_model_without_the_layer(tiny_checkpoint: Path, call: Call) -> None:
     assert refused.exit_code == 14
     assert refused.stdout == ""
     assert "cannot speculate: this model has no MTP layer" in refused.stderr
+
+
+def test_rounded_activations_take_one_guess_at_a_time(call: Call) -> None:
+    """Two rows of a pass are computed as one is; more may be rounded otherwise."""
+    rounded = ("--dtype", "bfloat16")
+    off = generated(call, "--speculate", "off", *rounded)
+    on = generated(call, "--speculate", "on", "--draft-tokens", "3", *rounded)
+    assert on["ids"] == off["ids"]
+    assert on["speculation"]["guesses"] == on["speculation"]["passes"] > 10
+    told = call("generate", "-p", PROMPT, "-n", "4", "--draft-tokens", "3", *rounded)
+    assert "with --dtype bfloat16 one token is guessed at a time, so --draft-tokens does nothing" in told.stderr
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_products_whose_rows_depend_on_each_other_cannot_check_guesses(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    result = call("generate", "-p", PROMPT, "-n", "4")
+    assert result.exit_code == 0
+    assert "note: speculation is off: products are not compiled here" in result.stderr
+    refused = call("generate", "-p", PROMPT, "-n", "4", "--speculate", "on")
+    assert (refused.exit_code, refused.stdout) == (14, "")
+    assert "cannot speculate: products are not compiled here" in refused.stderr

@@ -110,6 +110,13 @@ def test_nor_do_they_where_activations_are_rounded(resharded: Path, expected: Te
             assert torch.equal(found, rounded), (slots, io, threads)
 
 
+def test_two_rounded_rows_are_two_single_ones() -> None:
+    """What speculation with bfloat16 rests on: a guess is checked in a pass of two."""
+    single, _ = logits(demo.path(), pass_tokens=1, dtype=torch.bfloat16)
+    double, _ = logits(demo.path(), pass_tokens=2, dtype=torch.bfloat16)
+    assert torch.equal(single, double)
+
+
 @pytest.mark.parametrize("block", [1, 5, 64])
 @pytest.mark.parametrize("slots", [3, None])
 def test_blocks_within_a_pass_change_no_bit(
