@@ -15,6 +15,7 @@ from manifests.console import Group, json_option, print_json, printable, quiet_o
 from runner.cli_bench import bench
 from runner.cli_chat import chat
 from runner.cli_measure import eval_command, logits
+from runner.cli_mtp import mtp
 from runner.cli_options import (
     STDIN,
     as_dtype,
@@ -51,7 +52,7 @@ def runner() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (chat, logits, eval_command, bench, trace, replay):
+for command in (chat, logits, eval_command, bench, trace, replay, mtp):
     runner.add_command(command)
 
 

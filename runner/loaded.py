@@ -16,6 +16,7 @@ from torch import Tensor
 import manifests
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from runner import demo, kernels, machine, trace
+from runner.breakeven import Costs
 from runner.budget import Budget, Sizes, plan_budget
 from runner.config import ModelConfig
 from runner.contents import Contents, mtp_order, pass_order
@@ -126,6 +127,7 @@ class LoadedModel:
         contents: What the checkpoint has.
         io: As given.
         mtp: What it has of the MTP layer.
+        mtp_module: That layer; None when speculation is off.
         speculation: Guesses tokens; None when that is off.
         idle_speculation: Why it is off though it was not asked to be; None when nothing keeps it off.
 
@@ -173,13 +175,13 @@ class LoadedModel:
         if pin is not None:
             self.weights.pin(self._most_used(trace.load(Path(pin)), config))
         self.model = Model(config, self.weights, dtype=dtype)
-        self.speculation = None
+        self.mtp_module = self.speculation = None
         if has_mtp:
             draft_tokens = draft_tokens if dtype == torch.float32 else 1
             embedding, head = (copy.used.removesuffix(".weight") for copy in self.mtp.copies)
-            module = MtpModule(config, self.weights, embedding=embedding, head=head, dtype=dtype)
+            self.mtp_module = MtpModule(config, self.weights, embedding=embedding, head=head, dtype=dtype)
             self.speculation = Speculation(
-                Drafter(module, self.ctx, takes=mtp_input),
+                Drafter(self.mtp_module, self.ctx, takes=mtp_input),
                 draft_tokens,
                 Pace("on" if speculate == "on" else "auto", draft_tokens),
                 read_bytes=lambda: self.weights.usage.read_bytes,
@@ -353,6 +355,24 @@ def plan_memory(
         here=machine.examine(),
         process=machine.resident_bytes() + tokenizer_bytes(contents.root),  # it is read later
         is_compiled=kernels.library() is not None,
+    )
+
+
+def mtp_costs(contents: Contents, config: ModelConfig, mtp: MtpParts) -> Costs:
+    """Bytes that steps, passes and guesses read."""
+
+    def needed(groups: Sequence[str]) -> int:
+        return sum(contents.group(group).needed_bytes for group in groups)
+
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+    return Costs(
+        fixed=needed(pass_order(config.num_hidden_layers)),
+        layers=len(layers),
+        experts=config.n_routed_experts,
+        top=config.num_experts_per_tok,
+        expert=contents.expert_bytes(layers),
+        mtp_fixed=mtp.bytes_by_kind["dense"],
+        head=needed(["lm_head"]),
     )
 
 

@@ -51,6 +51,10 @@ class Pace:
     Args:
         mode: ``on`` always guesses; ``auto`` while it pays.
         guesses: Most guesses of one pass.
+
+    Attributes:
+        is_always: Whether guesses are made whatever they cost.
+        places: By place of a guess in its pass, how many were made behind right ones, and how many of them were right.
     """
 
     def __init__(self, mode: Mode, guesses: int) -> None:
@@ -64,6 +68,7 @@ class Pace:
         self._resting = 0
         self._rest = _REST
         self._all_passes = self._all_guesses = self._all_right = 0
+        self.places = ([0] * guesses, [0] * guesses)
 
     def wants_guesses(self) -> bool:
         """Whether the next pass should have guesses."""
@@ -104,6 +109,9 @@ class Pace:
         self._all_passes += 1
         self._all_guesses += guesses
         self._all_right += right
+        for place in range(min(guesses, right + 1)):
+            self.places[0][place] += 1
+            self.places[1][place] += place < right
         self._since_step += 1
         self._seconds += seconds
         if self._steps:
@@ -123,6 +131,9 @@ class Pace:
             "passes": self._all_passes,
             "guesses": self._all_guesses,
             "acceptance": self.acceptance,
+            "acceptance_by_place": [
+                right / tried if tried else None for tried, right in zip(*self.places, strict=True)
+            ],
             "tokens_per_pass": self._tokens if self._passes else None,
             "pass_s": self._pass_s if self._passes else None,
             "step_s": self._step_s if self._steps else None,

@@ -46,6 +46,7 @@ OPTIONS = {
     "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --pin --dtype --threads --json --quiet",
     "replay": "--experts-in-memory --ram --expert-bytes --json --quiet",
     "doctor": "--model --json",
+    "mtp": "--model --file --tokens --draft-tokens --mtp-input --ram --io --pin --dtype --threads --json --quiet",
     "bench": "--model --ids --prompt-tokens --tokens --ram --io --pin --dtype --threads --json --quiet",
 }
 
