@@ -86,5 +86,8 @@ def test_the_commands_are_those_of_this_version() -> None:
     assert {(program, name) for program, name, _ in commands()} == {
         *(("manifests", name) for name in ("show", "ls", "check", "diff", "schema")),
         *(("reshard", name) for name in ("doctor", "pack", "plan", "repair", "restore", "run", "unpack", "verify")),
-        *(("runner", name) for name in ("generate", "chat", "logits", "eval", "doctor", "bench", "trace", "replay")),
+        *(
+            ("runner", name)
+            for name in ("generate", "chat", "logits", "eval", "doctor", "bench", "trace", "replay", "mtp")
+        ),
     }

@@ -12,6 +12,7 @@ from click.testing import Result
 
 from runner.acceptance import Counts, Neighbours, beginnings, continued, teacher_forced
 from runner.cache import LatentCache
+from runner.drafter import Takes
 from runner.loaded import LoadedModel
 
 Call = Callable[..., Result]
@@ -38,24 +39,29 @@ def test_guesses_at_every_place_are_those_of_the_layer(loaded: LoadedModel) -> N
     assert 0.2 < sum(expected) / len(expected) < 1
 
 
-def test_later_places_follow_from_the_texts_own_tokens(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("takes", ["normed", "stream"])
+def test_later_places_follow_from_the_texts_own_tokens(loaded: LoadedModel, takes: Takes) -> None:
     ids = loaded.text.encode(TEXT)[:20]
     mtp = loaded.mtp_module
     assert mtp is not None
-    found = list(teacher_forced(loaded.model, mtp, ids, 3))
+    found = list(teacher_forced(loaded.model, mtp, ids, 3, takes=takes))
     places = [place for place, _ in found]
     assert places == [0, 1, 2] * 16 + [0, 1] + [0]  # at the end there is nothing left to compare with
     assert [right for place, right in found if place == 0] == [
-        right for _, right in teacher_forced(loaded.model, mtp, ids, 1)
+        right for _, right in teacher_forced(loaded.model, mtp, ids, 1, takes=takes)
     ]
-    # By hand, the second guess behind position 4.
+    # By hand, all second guesses.
     model = loaded.model
-    hidden = model.hidden(torch.tensor(ids), LatentCache(model.config, len(ids)))
-    cache = mtp.new_cache(20)
-    first = mtp.norm(mtp.stream(hidden[:5], torch.tensor(ids[1:6]), cache))[-1:]
-    second = mtp.norm(mtp.stream(first, torch.tensor(ids[6:7]), cache))
-    right = bool(mtp.logits(second).argmax() == model.logits(hidden[6:7]).argmax())
-    assert [one for place, one in found if place == 1][4] == right
+    stream = model.stream(torch.tensor(ids), LatentCache(model.config, len(ids)))
+    hidden = model.norm(stream) if takes == "normed" else stream
+    chosen, expected = model.logits(model.norm(stream)).argmax(-1), []
+    for position in range(17):
+        cache = mtp.new_cache(20)
+        first = mtp.stream(hidden[: position + 1], torch.tensor(ids[1 : position + 2]), cache)[-1:]
+        first = mtp.norm(first) if takes == "normed" else first
+        second = mtp.norm(mtp.stream(first, torch.tensor([ids[position + 2]]), cache))
+        expected.append(bool(mtp.logits(second).argmax() == chosen[position + 2]))
+    assert [right for place, right in found if place == 1] == expected
 
 
 def test_counts_in_use_are_those_of_the_passes(loaded: LoadedModel) -> None:
