@@ -76,8 +76,8 @@ class Neighbours:
 
 def teacher_forced(
     model: Model, mtp: MtpModule, ids: Sequence[int], places: int, *, takes: Takes = "normed"
-) -> Iterator[tuple[int, bool]]:
-    """Guess at every position of a text that fits into one pass; give the place of each guess, and whether it is right.
+) -> Iterator[tuple[int, int, int]]:
+    """Guess at every position of a text that fits into one pass; give each guess.
 
     Guesses behind the first are made of the text's own tokens too, so each place is judged by itself.
 
@@ -87,6 +87,9 @@ def teacher_forced(
         ids: The text.
         places: Guesses in a row.
         takes: See `Drafter`.
+
+    Yields:
+        Its place, the token, and the token that the model chooses.
     """
     stream = model.stream(torch.tensor(ids), LatentCache(model.config, len(ids)))
     normed = model.norm(stream)
@@ -98,7 +101,7 @@ def teacher_forced(
             known = position + 1 + place
             out = mtp.stream(state, torch.tensor(ids[known : known + 1]), cache)
             state = mtp.norm(out)
-            yield place, int(mtp.logits(state)[0].argmax()) == chosen[known]
+            yield place, int(mtp.logits(state)[0].argmax()), chosen[known]
             state = state if takes == "normed" else out
         cache.truncate(position + 1)
 

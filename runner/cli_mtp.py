@@ -138,8 +138,8 @@ def _measure(
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=window + each * len(parts), leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
         loaded.model.observer = neighbours.observe
-        for place, right in teacher_forced(loaded.model, loaded.mtp_module, ids[:window], places, takes=takes):
-            forced.add(place, right)
+        for place, guess, chosen in teacher_forced(loaded.model, loaded.mtp_module, ids[:window], places, takes=takes):
+            forced.add(place, guess == chosen)
             bar.update(place == 0)
         loaded.model.observer = None
         for part in parts:
