@@ -184,7 +184,7 @@ class LoadedModel:
                 Drafter(self.mtp_module, self.ctx, takes=mtp_input),
                 draft_tokens,
                 Pace("on" if speculate == "on" else "auto", draft_tokens),
-                read_bytes=lambda: self.weights.usage.read_bytes,
+                read_bytes=lambda: self.weights.read_bytes,
             )
         self.engine = Engine(
             self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens, speculation=self.speculation

@@ -16,7 +16,7 @@ from manifests.console import format_bytes
 
 Mode = Literal["auto", "on"]
 
-ALLOWED_LOSS = 0.02
+ALLOWED_LOSS = 0.015
 """Share of a run's time that guesses may lose."""
 
 LEAST_STEPS = 256

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from runner.budget import BLOCK_TOKENS
 from runner.drafter import Drafter
 from runner.pace import Pace
 from runner.sampling import SamplingParams, sample
+
+KEPT_POSITIONS = 32
+"""That wait for a trial. To catch up with a whole prompt could cost more than guesses will ever give, and these are
+nearly as good: on the embedded model 0.699 of guesses are right behind so many, and 0.705 behind 256."""
 
 
 class Speculation:
@@ -62,9 +65,8 @@ class Speculation:
         self._drafter.observe(position, stream, normed)
         if len(normed) > self._tokens + 1 and self.pace.is_always:
             self._drafter.enter(ids)
-        elif self._drafter.waiting > BLOCK_TOKENS:
-            # Catching up with all of it could cost more than guesses will ever give.
-            self._drafter.drop(keep=BLOCK_TOKENS // 2)
+        elif self._drafter.waiting > 2 * KEPT_POSITIONS:
+            self._drafter.drop(keep=KEPT_POSITIONS)
 
     def rewind(self, length: int) -> int:
         """See `Drafter.rewind`."""
@@ -87,6 +89,8 @@ class Speculation:
         if count < 1 or not self.pace.wants_guesses():
             return []
         self._caught_up = self._drafter.waiting > 1 + self._tokens
+        if self._drafter.waiting > KEPT_POSITIONS and not self.pace.is_always:
+            self._drafter.drop(keep=KEPT_POSITIONS)
         guesses = self._drafter.propose(ids, count, sampling)
         self._guesses = len(guesses)
         return guesses

@@ -300,12 +300,14 @@ def test_on_makes_an_entry_for_every_position_of_a_prompt(model: CountingModel, 
 def test_otherwise_the_end_of_a_prompt_waits_for_the_first_guess(
     model: CountingModel, drafter: Drafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.speculative.BLOCK_TOKENS", 20)
+    monkeypatch.setattr("runner.speculative.KEPT_POSITIONS", 10)
     pace = Turns(lambda turn: turn > 3)
     engine = speculative(model, drafter, 1, pace, pass_tokens=8)
     tokens = engine.generate(prompt(30), max_tokens=8, sampling=GREEDY, eos_ids=())
     found = [next(tokens) for _ in range(3)]
     assert (drafter.length, drafter.waiting) == (32, 18)  # ten were left of 24
-    found += list(tokens)
+    next_one = next(tokens)
+    assert (drafter.length, drafter.waiting) == (34, 2)
+    found += [next_one, *tokens]
     assert found == plain(model, 8, ids=prompt(30))
     assert [told["is_usual"] for told in pace.told[:5]] == [False, True, True, False, True]
