@@ -6,8 +6,6 @@ Arguments in, numbers out. Torch is imported inside the commands, so that `--hel
 from __future__ import annotations
 
 import ctypes
-import errno
-import os
 import struct
 import sys
 import time
@@ -18,8 +16,9 @@ from typing import TYPE_CHECKING
 import click
 
 from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
-from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
+from manifests.errors import SourceNotFoundError, ToolkitError
 from runner.cli_options import as_dtype, memory_options, model_option, note, read_text, set_threads, threads_option
+from runner.output import check_output, open_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +66,8 @@ def logits(
     if (prompt is None) == (ids is None):
         raise click.UsageError("give either -p TEXT or --ids N,N,...")
     wanted = [] if ids is None else _parse_ids(ids)
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise SourceNotFoundError(f"{Path(out).absolute().parent}: no such folder to write {Path(out).name} to")
+    if out is not None:
+        check_output(Path(out))
 
     from runner.loaded import LoadedModel
 
@@ -193,7 +192,7 @@ def _token_text(loaded: LoadedModel, token: int) -> str | None:
 
 
 def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: Path) -> Tensor:
-    """Write a .safetensors file whole or not at all, as its logits come; give those of the last position.
+    """Write a .safetensors file as its logits come, see `open_output`; give those of the last position.
 
     Raises:
         ResourceError: The disk is full.
@@ -201,8 +200,6 @@ def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: P
     """
     from manifests.header import HeaderTensor, encode_header
 
-    if path.is_dir():
-        raise ToolkitError(f"{path}: is a folder; give the name of a file")
     count = len(ids)
     middle = 8 * count
     end = middle + 4 * count * vocab_size
@@ -210,23 +207,14 @@ def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: P
         HeaderTensor(name="ids", dtype="I64", shape=(count,), begin=0, end=middle),
         HeaderTensor(name="logits", dtype="F32", shape=(count, vocab_size), begin=middle, end=end),
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     last_V: Tensor | None = None
-    try:
-        with unfinished.open("wb") as file:
-            file.write(encode_header(tensors))
-            file.write(struct.pack(f"<{count}q", *ids))
-            for block in blocks:
-                kept = block.contiguous()
-                file.write((ctypes.c_ubyte * kept.nbytes).from_address(kept.data_ptr()))
-                last_V = block[-1]
-        os.replace(unfinished, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError(f"{path}: no space left to write it; free some and run again") from error
-        raise ToolkitError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with open_output(path) as file:
+        file.write(encode_header(tensors))
+        file.write(struct.pack(f"<{count}q", *ids))
+        for block in blocks:
+            kept = block.contiguous()
+            file.write((ctypes.c_ubyte * kept.nbytes).from_address(kept.data_ptr()))
+            last_V = block[-1]
     if last_V is None:
         raise ToolkitError("there is nothing to read: no token was given")
     return last_V

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from manifests.console import json_option, parse_size, print_json, printable, quiet_option
-from manifests.errors import SourceNotFoundError, ToolkitError
+from manifests.errors import ToolkitError
 from runner.cli_options import as_dtype, compute_options, model_option, note, read_text, set_threads
+from runner.output import check_output
 
 if TYPE_CHECKING:
     from runner.replay import Replay
@@ -65,10 +66,7 @@ def trace(
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either -p TEXT or -f FILE")
     path = Path(out)
-    if not path.absolute().parent.is_dir():
-        raise SourceNotFoundError(f"{path.absolute().parent}: no such folder to write {path.name} to")
-    if path.is_dir():
-        raise ToolkitError(f"{path}: is a folder; give the name of a file")
+    check_output(path)
     text = prompt if prompt is not None else read_text(str(prompt_file))
     from runner.loaded import LoadedModel
     from runner.trace import TraceRecorder, save

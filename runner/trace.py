@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from manifests.errors import ManifestError, Problem
 from manifests.jsontext import read_json
-from manifests.storage import write_atomic
+from runner.output import open_output
 from runner.telemetry import ExpertIds
 
 FORMAT = "expert-trace"
@@ -131,9 +131,15 @@ class TraceRecorder:
 
 
 def save(trace: Trace, path: Path) -> None:
-    """Write a trace, whole or not at all."""
+    """Write a trace; see `open_output`.
+
+    Raises:
+        ResourceError: The disk is full.
+        ToolkitError: It cannot be written for another reason.
+    """
     text = json.dumps(trace.to_document(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    write_atomic(path, text.encode("ascii") + b"\n")
+    with open_output(path) as file:
+        file.write(text.encode("ascii") + b"\n")
 
 
 def load(path: Path) -> Trace:
