@@ -147,7 +147,7 @@ for attempt in (runner.output.check_output, lambda path: runner.output.open_outp
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceNotFoundError, match="no such folder .*absent to write it to; make it first"):
+    with pytest.raises(SourceNotFoundError, match=r"no such folder .*absent to write it to; make it first"):
         check_output(tmp_path / "absent" / "out")
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "out")
     with pytest.raises(SourceNotFoundError, match=r"link: no such folder .*gone"):
