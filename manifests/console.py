@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +21,10 @@ from manifests.errors import ResourceError, ToolkitError
 EXIT_INTERRUPTED = 130
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Stopped(KeyboardInterrupt):
+    """A service manager's stop or a lost terminal: an interrupt, but nobody is there to go on after it."""
 
 
 class Group(click.Group):
@@ -41,11 +46,11 @@ class Group(click.Group):
             return super().main(args, prog_name, complete_var, False, **extra)
         name = self.name or "program"
         if threading.current_thread() is threading.main_thread():
-            # A service manager's stop and a lost terminal are interrupts like Ctrl-C: what is half-made is removed on
-            # the way out. One that was told to be ignored (nohup) stays ignored.
+            # Both are interrupts like Ctrl-C: what is half-made is removed on the way out. One that was told to be
+            # ignored (nohup) stays ignored.
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is signal.SIG_DFL:
-                    signal.signal(number, signal.default_int_handler)
+                    signal.signal(number, _stop)
         try:
             # click would turn Ctrl-C into exit code 1; outside its standalone mode it lets us decide.
             result = super().main(args, prog_name, complete_var, False, **extra)
@@ -76,6 +81,10 @@ class Group(click.Group):
             _drop_broken_stdout()
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             sys.exit(ResourceError.exit_code if is_full else ToolkitError.exit_code)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped
 
 
 def _is_debugging(program: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from manifests.console import quiet_option
+from manifests.console import Stopped, quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
     as_dtype,
@@ -117,9 +117,9 @@ def chat(
                     if not terminal.interactive:
                         raise
                     click.echo(f"runner: {error}", err=True)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as interrupt:
                     # Just before or after the answer, where nothing is left to stop.
-                    if not terminal.interactive:
+                    if not terminal.interactive or isinstance(interrupt, Stopped):
                         raise
                     click.echo(err=True)
 
@@ -140,8 +140,8 @@ def _take_turn(
     try:
         for piece in generation:
             echo_generated(piece)
-    except KeyboardInterrupt:
-        if not interactive:
+    except KeyboardInterrupt as interrupt:
+        if not interactive or isinstance(interrupt, Stopped):
             raise
         interrupted = True
     click.echo()
@@ -177,7 +177,7 @@ class _Terminal:
             except EOFError:
                 click.echo(err=True)
                 return None
-            except KeyboardInterrupt:
-                if not self.interactive:
+            except KeyboardInterrupt as interrupt:
+                if not self.interactive or isinstance(interrupt, Stopped):
                     raise
                 click.echo("\n(/exit leaves)", err=True)
