@@ -18,12 +18,14 @@ from runner.cli_measure import eval_command, logits
 from runner.cli_options import (
     STDIN,
     as_dtype,
+    before_errors,
     compute_options,
     echo_generated,
     model_option,
     note,
     note_idle_sampling,
     read_text,
+    require_stdout,
     sampling_options,
     set_threads,
 )
@@ -102,6 +104,7 @@ def generate(
     """
     if not all(stops):
         raise click.UsageError("--stop must not be empty")
+    require_stdout()
     written = _read_prompt(prompt, prompt_file, source)
     from runner.loaded import LoadedModel
 
@@ -115,7 +118,7 @@ def generate(
         ids = loaded.text.encode_chat([{"role": "system", "content": system}, {"role": "user", "content": written}])
     generation = loaded.start(ids, max_tokens=max_tokens, sampling=sampling, stops=stops)
     text = ""
-    for piece in generation:
+    for piece in generation if as_json else before_errors(generation):
         text += piece
         if not as_json:
             echo_generated(piece)

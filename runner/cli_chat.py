@@ -16,12 +16,15 @@ from manifests.console import Stopped, quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
     as_dtype,
+    before_errors,
     compute_options,
     decode_utf8,
     echo_generated,
     model_option,
     note,
     note_idle_sampling,
+    require_stdin,
+    require_stdout,
     sampling_options,
     set_threads,
 )
@@ -76,6 +79,8 @@ def chat(
 
     Special tokens that you write stay plain text. The cache is kept between turns.
     """
+    require_stdin()
+    require_stdout()
     from runner.conversation import Conversation
     from runner.loaded import LoadedModel
 
@@ -138,7 +143,7 @@ def _take_turn(
     generation = loaded.start(turn.ids, max_tokens=max_tokens, sampling=sampling)
     interrupted = False
     try:
-        for piece in generation:
+        for piece in before_errors(generation):
             echo_generated(piece)
     except KeyboardInterrupt as interrupt:
         if not interactive or isinstance(interrupt, Stopped):

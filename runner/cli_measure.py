@@ -17,7 +17,16 @@ import click
 
 from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
-from runner.cli_options import as_dtype, memory_options, model_option, note, read_text, set_threads, threads_option
+from runner.cli_options import (
+    as_dtype,
+    hides_bar,
+    memory_options,
+    model_option,
+    note,
+    read_text,
+    set_threads,
+    threads_option,
+)
 from runner.output import check_output, open_output
 
 if TYPE_CHECKING:
@@ -146,8 +155,7 @@ def eval_command(
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}
     tokens = sum(max(0, len(one) - 1) for one in ids.values())
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=tokens, unit="token", leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+    with tqdm(total=tokens, unit="token", leave=False, disable=hides_bar(quiet=quiet), file=sys.stderr) as bar:
         for path, text in texts.items():
             found[path] = evaluate(
                 loaded.model, ids[path], ctx=ctx, text_bytes=len(text.encode("utf-8")), on_tokens=bar.update

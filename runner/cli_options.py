@@ -6,7 +6,7 @@ Knows click and plain text. It must not import torch: `--help` of every command 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -133,6 +133,44 @@ def echo_generated(piece: str) -> None:
     click.echo(piece, nl=False, color=True)
 
 
+def before_errors(pieces: Iterable[str]) -> Iterator[str]:
+    """Pass on pieces that are shown as they come; an error among them begins a line of its own, as Ctrl-C does."""
+    last = ""
+    try:
+        for piece in pieces:
+            last = piece
+            yield piece
+    except Exception:
+        if last and not last.endswith("\n"):
+            click.echo(err=True)
+        raise
+
+
+def require_stdout() -> None:
+    """Refuse to make a text that nobody can get.
+
+    Raises:
+        ToolkitError: The caller closed stdout.
+    """
+    if sys.stdout is None:
+        raise ToolkitError("stdout: is closed, and the text goes there; give /dev/null if nobody is to read it")
+
+
+def require_stdin() -> None:
+    """Refuse to read what cannot come.
+
+    Raises:
+        ToolkitError: The caller closed stdin.
+    """
+    if sys.stdin is None:
+        raise ToolkitError("stdin: is closed; give it a text, or name a file")
+
+
+def hides_bar(*, quiet: bool) -> bool | None:
+    """What tqdm takes as `disable`: no bar where nobody wants one, nor (None) where stderr is no terminal."""
+    return True if quiet or sys.stderr is None else None
+
+
 def as_dtype(name: str) -> torch.dtype:
     """The dtype that ``--dtype`` names."""
     import torch
@@ -170,9 +208,11 @@ def read_text(path: str) -> str:
 
     Raises:
         SourceNotFoundError: There is no such file.
-        ToolkitError: It cannot be read, or is not UTF-8.
+        ToolkitError: It cannot be read, or is not UTF-8; or stdin is closed.
     """
     name = "stdin" if path == STDIN else path
+    if path == STDIN:
+        require_stdin()
     try:
         raw = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     except FileNotFoundError as error:

@@ -14,7 +14,7 @@ import click
 
 from manifests.console import json_option, parse_size, print_json, printable, quiet_option
 from manifests.errors import ToolkitError
-from runner.cli_options import as_dtype, compute_options, model_option, note, read_text, set_threads
+from runner.cli_options import as_dtype, compute_options, hides_bar, model_option, note, read_text, set_threads
 from runner.output import check_output
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ def replay(
 
     found: list[Trace] = [load(Path(path)) for path in traces]
     runs = len(replays.policy_names()) * (len(replays.SHARES) if windows is None else len(windows))
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=runs, leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+    with tqdm(total=runs, leave=False, disable=hides_bar(quiet=quiet), file=sys.stderr) as bar:
         result = replays.replay(found, windows, on_run=bar.update)
     if as_json:
         print_json({"traces": list(traces)} | result.to_document())
