@@ -10,7 +10,7 @@ from manifests.console import format_bytes, format_seconds, json_option, print_j
 from manifests.schema import Selection
 from reshard.cli_options import folder_argument, selection_options
 from reshard.consume import same_disk
-from reshard.destination import check_apart, check_empty, check_inodes, check_room, free_bytes
+from reshard.destination import check_apart, check_empty, check_inodes, check_room, check_writable, free_bytes
 from reshard.disk import measure_hash_rate, measure_read_rate
 from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import free_inodes
@@ -88,6 +88,8 @@ def show_plan(
     if consume:
         check_consume(source, planned)
     remaining = find_remaining(source, planned, earlier, destination)
+    if destination is not None and remaining.state != "complete":
+        check_writable(destination)
     document = _describe(source, planned, destination, remaining, consume=consume)
     if as_json:
         print_json(document)

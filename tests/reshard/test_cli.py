@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -318,3 +319,44 @@ def test_progress_is_drawn_on_terminals_only(v3_folder: Path, tmp_path: Path) ->
         assert process.returncode == 0
         assert json.loads(out.splitlines()[-1])["event"] == "end"
         assert (b"reshard" in drawn and b"B/s" in drawn) is not quiet
+
+
+def test_a_plan_for_a_place_that_cannot_be_written(
+    v2_folder: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may write everywhere: so the answer is given."""
+    access, out = os.access, tmp_path / "below" / "out"
+    program("reshard", "run", v2_folder, tmp_path / "whole")
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK))
+    for command in (("plan",), ("run", "--dry-run")):
+        result = program("reshard", *command, v2_folder, out)
+        assert (result.code, result.out) == (1, "")
+        assert result.err == f"reshard: {out}: {tmp_path} may not be written to; choose another folder\n"
+    # Where nothing is left to write nothing is refused.
+    assert program("reshard", "plan", v2_folder, tmp_path / "whole").code == 0
+    (tmp_path / "file").touch()
+    result = program("reshard", "plan", v2_folder, tmp_path / "file" / "out")
+    assert (result.code, result.err) == (
+        1, f"reshard: {tmp_path}/file/out: {tmp_path}/file is a file; choose another folder\n",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_plan_and_run_refuse_the_same_place(v2_folder: Path, tmp_path: Path) -> None:
+    """With the system's own answer."""
+    source = shutil.copytree(v2_folder, tmp_path / "source")
+    # pytest's own folders are root's alone.
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    code = f"""
+import os, sys
+sys.path[:] = {sys.path!r}
+from reshard.cli import reshard
+os.setuid(65534)
+reshard.main([sys.argv[1], {str(source)!r}, {str(tmp_path / "out")!r}])
+"""
+    for command, says in (("plan", "may not be written to"), ("run", "cannot be written: Permission denied")):
+        done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"reshard: {tmp_path / 'out'}: ")
+        assert says in done.stderr
