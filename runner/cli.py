@@ -17,6 +17,7 @@ from runner.cli_chat import chat
 from runner.cli_measure import eval_command, logits
 from runner.cli_options import (
     STDIN,
+    FileName,
     as_dtype,
     before_errors,
     compute_options,
@@ -56,7 +57,9 @@ for command in (chat, logits, eval_command, bench, trace, replay):
 @runner.command()
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to continue; - reads stdin.")
-@click.option("-f", "--file", "prompt_file", metavar="FILE", help="A file with the text; - reads stdin.")
+@click.option(
+    "-f", "--file", "prompt_file", type=FileName(), metavar="FILE", help="A file with the text; - reads stdin."
+)
 @click.argument("source", required=False, metavar="[-]", type=click.Choice([STDIN]))
 @click.option("--system", metavar="TEXT", help="Ask as a chat: this system message, then the prompt as a question.")
 @click.option(

@@ -18,6 +18,7 @@ import click
 from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
 from runner.cli_options import (
+    FileName,
     as_dtype,
     hides_bar,
     memory_options,
@@ -45,7 +46,7 @@ TOP = 5
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to read.")
 @click.option("--ids", metavar="N,N,...", help="Token ids to read, exactly these: no token is put before them.")
-@click.option("--out", type=click.Path(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
+@click.option("--out", type=FileName(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
 @memory_options
 @threads_option
 @json_option
@@ -105,7 +106,14 @@ def logits(
 @click.command("eval")
 @model_option
 @click.option(
-    "-f", "--file", "files", multiple=True, required=True, metavar="FILE", help="A text; may be repeated; - is stdin."
+    "-f",
+    "--file",
+    "files",
+    type=FileName(),
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="A text; may be repeated; - is stdin.",
 )
 @click.option(
     "--ctx",

@@ -5,6 +5,8 @@ Knows click and plain text. It must not import torch: `--help` of every command 
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +23,32 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STDIN = "-"
+
+
+class FileName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
+    """The name of a file, which need not be there; no empty name, and no folder."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Take it as it is, or fail as a usage error."""
+        text = str(value)
+        if not text:
+            self.fail("is empty; give the name of a file", param, ctx)
+        if os.path.isdir(text):
+            self.fail(f"{printable(text)} is a folder; give the name of a file", param, ctx)
+        return text
+
+
+class Number(click.FloatRange):
+    """A number in a range, which NaN and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse, or fail as a usage error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def model_option(function: F) -> F:
@@ -67,7 +95,7 @@ def memory_options(function: F) -> F:
         ),
         click.option(
             "--pin",
-            type=click.Path(),
+            type=FileName(),
             metavar="TRACE",
             help="Keep the experts in memory that this trace used most, see `runner trace`.",
         ),
@@ -96,7 +124,7 @@ def sampling_options(function: F) -> F:
                 "--temp",
                 "--temperature",
                 "temperature",
-                type=click.FloatRange(min=0),
+                type=Number(min=0),
                 metavar="T",
                 help="Divides the logits; 0 always takes the most likely token.",
             ),
@@ -105,13 +133,13 @@ def sampling_options(function: F) -> F:
             ),
             click.option(
                 "--top-p",
-                type=click.FloatRange(min=0, max=1, min_open=True),
+                type=Number(min=0, max=1, min_open=True),
                 metavar="P",
                 help="Keep the most likely tokens that together reach this share; 1 keeps all.",
             ),
             click.option(
                 "--min-p",
-                type=click.FloatRange(min=0, max=1),
+                type=Number(min=0, max=1),
                 metavar="P",
                 help="Keep tokens at least this many times as likely as the most likely; 0 keeps all.",
             ),

@@ -14,7 +14,16 @@ import click
 
 from manifests.console import json_option, parse_size, print_json, printable, quiet_option
 from manifests.errors import ToolkitError
-from runner.cli_options import as_dtype, compute_options, hides_bar, model_option, note, read_text, set_threads
+from runner.cli_options import (
+    FileName,
+    as_dtype,
+    compute_options,
+    hides_bar,
+    model_option,
+    note,
+    read_text,
+    set_threads,
+)
 from runner.output import check_output
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to continue.")
-@click.option("-f", "--file", "prompt_file", metavar="FILE", help="A file with the text; - is stdin.")
+@click.option("-f", "--file", "prompt_file", type=FileName(), metavar="FILE", help="A file with the text; - is stdin.")
 @click.option(
     "-n",
     "--max-tokens",
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="The most tokens to add.",
 )
-@click.option("--out", required=True, type=click.Path(), metavar="FILE", help="Where to write the trace.")
+@click.option("--out", required=True, type=FileName(), metavar="FILE", help="Where to write the trace.")
 @compute_options
 @json_option
 @quiet_option

@@ -137,8 +137,41 @@ def test_logits_that_cannot_be_written(
 
 def test_logits_do_not_go_into_a_folder(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = call("logits", "-m", tiny_checkpoint, "-p", "hello", "--out", tmp_path)
-    assert result.exit_code == 1
-    assert result.stderr == f"runner: {tmp_path}: is a folder; give the name of a file\n"
+    assert result.exit_code == 2
+    assert f"'--out': {tmp_path} is a folder; give the name of a file\n" in result.stderr
+
+
+WRONG = {
+    "temp nan": (["generate", "-p", "a", "--temp", "nan"], "'--temp' / '--temperature': nan is not a finite number"),
+    "temp inf": (["generate", "-p", "a", "--temp", "inf"], "'--temp' / '--temperature': inf is not a finite number"),
+    "top-p nan": (["chat", "--top-p", "nan"], "'--top-p': nan is not a finite number"),
+    "min-p nan": (["generate", "-p", "a", "--min-p", "nan"], "'--min-p': nan is not a finite number"),
+    "out": (["logits", "-p", "a", "--out", ""], "'--out': is empty; give the name of a file"),
+    "out of trace": (["trace", "-p", "a", "--out", ""], "'--out': is empty; give the name of a file"),
+    "pin": (["generate", "-p", "a", "--pin", "."], "'--pin': . is a folder; give the name of a file"),
+    "file": (["generate", "-f", "."], "'-f' / '--file': . is a folder; give the name of a file"),
+    "text": (["eval", "-f", "."], "'-f' / '--file': . is a folder; give the name of a file"),
+    "ids": (["bench", "--ids", "."], "'--ids': . is a folder; give the name of a file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG.values(), ids=WRONG.keys())
+def test_arguments_that_are_wrong_by_themselves(arguments: list[str], says: str, call: Call) -> None:
+    """There is no such model, which would be told first if they were looked at later."""
+    result = call(*arguments, "-m", "absent")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in result.stderr
+
+
+def test_a_list_of_ids_that_is_too_short_is_named(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text("[1, 2, 3]")
+    result = call("bench", "--ids", path, "--prompt-tokens", "2", "-n", "2", "-m", "absent")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        f"{path}: has 3 ids, and --prompt-tokens 2 and -n 2 take 4; give a longer list, or smaller numbers"
+        in result.stderr
+    )
 
 
 def test_the_last_logits_are_the_same_with_and_without_a_file(

@@ -242,7 +242,7 @@ def test_a_full_context_ends_a_trace(tiny_checkpoint: Path, tmp_path: Path, docu
         (["-p", "a", "-f", "b", "--out", "x"], 2, "either -p TEXT or -f FILE"),
         (["-p", "a"], 2, "--out"),
         (["-p", "a", "--out", "no/such/x"], 10, "no such folder"),
-        (["-p", "a", "--out", "."], 1, "is a folder"),
+        (["-p", "a", "--out", "."], 2, "is a folder"),
         (["-f", "none.txt", "--out", "x"], 10, "no such file"),
     ],
 )
