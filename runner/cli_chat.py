@@ -78,6 +78,12 @@ def chat(
       printf 'What is an expert?\\nAnd a router?\\n' | runner chat -m DeepSeek-V3-experts -q
 
     Special tokens that you write stay plain text. The cache is kept between turns.
+
+    \b
+    /help    lists these
+    /reset   forgets the conversation
+    /exit    leaves; so does Ctrl-D
+    Ctrl-C   stops the answer; what was said of it stays in the conversation
     """
     require_stdin()
     require_stdout()
