@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
+from manifests.console import counted, format_rate, format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError
 from runner.cli_options import (
     FileName,
@@ -188,7 +188,7 @@ def eval_command(
             click.echo(f"{printable(path)}: {one}")
         if len(found) > 1:
             click.echo(f"all: {whole}")
-    speed = f"{tokens} tokens in {format_seconds(seconds)} ({tokens / seconds:.3g} tokens/s)"
+    speed = f"{counted(tokens, 'token')} in {format_seconds(seconds)} ({format_rate(tokens / seconds, 'tokens')})"
     note(f"{speed}; {usage}", quiet=quiet)
 
 

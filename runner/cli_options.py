@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 STDIN = "-"
 
 
-class FileName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
+class FileName(click.ParamType):
     """The name of a file, which need not be there; no empty name, and no folder."""
 
     name = "file"

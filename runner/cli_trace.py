@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import json_option, parse_size, print_json, printable, quiet_option
+from manifests.console import counted, json_option, parse_size, print_json, printable, quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
     FileName,
@@ -115,8 +115,10 @@ def trace(
                 "experts_used": {str(layer): count for layer, count in used.items()},
             }
         )
+    passes = "1 pass" if len(found.passes) == 1 else f"{len(found.passes):,} passes"
+    prompt = counted(len(ids), "prompt token")
     note(
-        f"wrote {printable(out)}: {len(found.passes)} passes for {len(ids)} prompt tokens and {generated} generated; "
+        f"wrote {printable(out)}: {passes} for {prompt} and {generated} generated; "
         f"{sum(used.values())} of {len(found.layers) * found.experts} experts used",
         quiet=quiet,
     )
@@ -199,6 +201,7 @@ def _table(result: Replay) -> list[str]:
         lines.append(f"{'experts in memory':>24}" + "".join(f"{name:>10}" for name in names))
         for window, policies in result.windows.items():
             rates = [getattr(one, phase).hit_rate or 0 for one in policies.values()]
-            share = f"{window:,} ({window / result.experts:.1%})"
+            part = "all" if window > result.experts else f"{window / result.experts:.1%}"
+            share = f"{window:,} ({part})"
             lines.append(f"{share:>24}" + "".join(f"{rate:>10.1%}" for rate in rates))
     return lines

@@ -149,7 +149,11 @@ def load(path: Path) -> Trace:
         SourceNotFoundError: There is no such file.
         ManifestError: It is no trace of this version, or contradicts itself.
     """
-    return parse(read_json(path, max_bytes=MAX_TRACE_BYTES), what=str(path))
+    try:
+        document = read_json(path, max_bytes=MAX_TRACE_BYTES)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; make it again with `runner trace`", error.problems) from error
+    return parse(document, what=str(path))
 
 
 def parse(document: object, *, what: str) -> Trace:

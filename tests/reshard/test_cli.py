@@ -360,3 +360,26 @@ reshard.main([sys.argv[1], {str(source)!r}, {str(tmp_path / "out")!r}])
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"reshard: {tmp_path / 'out'}: ")
         assert says in done.stderr
+
+
+def test_what_may_not_be_read_is_not_to_be_repaired(
+    v2_resharded: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may read everything: so the answers are given."""
+    out = shutil.copytree(v2_resharded, tmp_path / "out")
+    path = next(out.glob("layers/*/dense.safetensors"))
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "next: reshard repair" in program("reshard", "verify", out).err
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda some, mode: Path(some) != path and access(some, mode))
+    result = program("reshard", "verify", out)
+    assert result.code == 13
+    assert "repair" not in result.err
+    assert f"next: let 1 file {path.relative_to(out)} be read (chmod, chown), and verify again\n" in result.err
+
+
+def test_one_shard_is_no_shards(single_folder: Path, tmp_path: Path, program: Program) -> None:
+    assert ": 1 shard, " in program("reshard", "plan", single_folder).out
+    assert program("reshard", "run", single_folder, tmp_path / "out").code == 0
+    assert ": the source shard (" in program("reshard", "restore", tmp_path / "out", "--check").out
+    assert ": 1 shard (" in program("reshard", "restore", tmp_path / "out", tmp_path / "back").out

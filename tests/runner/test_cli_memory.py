@@ -66,6 +66,18 @@ def test_a_pin_that_is_no_trace_is_refused(call: Call, tmp_path: Path, text: str
     assert str(path) in result.stderr
 
 
+def test_a_trace_of_another_kind_of_model_is_refused(
+    tiny_checkpoint: Path, call: Call, change: Callable[..., None], tmp_path: Path
+) -> None:
+    """Layers and experts may agree by chance."""
+    path = tmp_path / "trace.json"
+    assert call("trace", "-m", tiny_checkpoint, "-p", "hello", "-n", "3", "--out", path, "-q").exit_code == 0
+    change(tmp_path, path.name, model_type="another")
+    result = call("generate", "-m", tiny_checkpoint, "-p", "hello", "--pin", path)
+    assert (result.exit_code, result.stdout) == (12, "")
+    assert f"the trace is of another model than {tiny_checkpoint}: of 'another'" in result.stderr
+
+
 def test_a_trace_of_another_model_is_refused(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     one = {"tokens": 1, "experts": {"77": [0]}}
