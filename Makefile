@@ -9,6 +9,10 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 # A downloaded or already resharded checkpoint; the embedded demo model when empty.
 MODEL ?=
+# Somebody who wrote MODEL= meant a model of their own, as with a variable that was not set.
+ifeq ($(origin MODEL)$(strip $(MODEL)),command line)
+$(error MODEL is empty: give the folder of a checkpoint, or leave MODEL out for the embedded model)
+endif
 # Where MODEL is resharded to; beside it when empty.
 OUT ?=
 PROMPT ?= def read_lines(path
@@ -32,7 +36,7 @@ help: ## Show the targets
 	@echo "make check           lint, types, import contracts"
 	@echo "make install         the commands alone, in $(VENV)/bin"
 	@echo "make fmt             format the sources"
-	@echo "make clean           remove $(VENV), build/ and caches"
+	@echo "make clean           remove $(VENV), build/, the compiled library and caches"
 	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu chooses PyTorch's CPU build; PIP_ARGS=... goes to pip"
 
 # The stamps hold what was installed, so a changed requirement installs again and an unchanged one costs nothing.
@@ -78,5 +82,6 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
+	rm -f runner/_native*.so
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ def _check_one(checkpoint: Checkpoint, path: str, size: int) -> list[Problem]:
     try:
         found = os.stat(resolve_inside(checkpoint.root, path)).st_size
     except ToolkitError as error:
-        return [Problem(loc=path, kind="missing_file", message=str(error))]
+        return [Problem(loc=path, kind="missing_file", message=str(error).removeprefix(f"{checkpoint.root / path}: "))]
     if found != size:
         return [Problem(loc=path, kind="invalid_file", message=f"has {found} bytes, the manifest says {size}")]
     return []

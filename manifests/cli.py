@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +10,11 @@ import click
 
 from manifests import inventory
 from manifests.check import check_files
-from manifests.console import Group, format_bytes, json_option, print_json, printable
+from manifests.console import Group, counted, format_bytes, json_option, print_json, printable
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
 from manifests.names import parse_name
-from manifests.summary import LayerSummary, Parameters, Summary, diff, summarize
+from manifests.summary import Difference, LayerSummary, Parameters, Summary, diff, summarize
 
 EXIT_DIFFERENT = 1
 EXIT_DAMAGED = IntegrityError.exit_code
@@ -54,8 +55,8 @@ def show(path: str, as_json: bool) -> None:
         return
     for line in _show_lines(path, summary):
         click.echo(line)
-    _warn("names that no rule knows (kept in dense files)", summary.unknown)
-    _warn("FP8 weights without scales", missing_scales)
+    _warn("name", "that no rule knows (kept in dense files)", summary.unknown)
+    _warn("FP8 weight", "without scales", missing_scales)
 
 
 @manifests.command("ls")
@@ -145,7 +146,7 @@ def check(path: str, as_json: bool) -> None:
             files = len(checkpoint.manifest.files) + len(checkpoint.manifest.documents)
             packed = sum(1 for file in checkpoint.manifest.files if file.codec != "none")
             unseen = f"; {packed} of them are packed, only their sizes were looked at" if packed else ""
-            click.echo(printable(f"{path}: {files} files, sizes and headers are right{unseen}"))
+            click.echo(printable(f"{path}: {counted(files, 'file')}, sizes and headers are right{unseen}"))
     if problems:
         raise click.exceptions.Exit(error.exit_code if error else EXIT_DAMAGED)
 
@@ -164,7 +165,8 @@ def diff_command(a: str, b: str, as_json: bool) -> None:
     Example:
       manifests diff DeepSeek-V3-experts DeepSeek-R1-experts
     """
-    differences = diff(inventory.open(a).manifest, inventory.open(b).manifest)
+    first = inventory.open(a).manifest
+    differences = diff(first, inventory.open(b).manifest)
     real = [difference for difference in differences if difference.kind != "undecided"]
     undecided = sum(1 for d in differences if d.kind == "undecided" and d.what == "tensor")
     if as_json:
@@ -175,8 +177,13 @@ def diff_command(a: str, b: str, as_json: bool) -> None:
             click.echo(
                 printable(_describe(difference.kind, difference.what, difference.name, difference.a, difference.b))
             )
+        if real:
+            click.echo(_count(real), err=True)
+        elif not undecided:
+            click.echo(f"equal: {counted(sum(len(file.tensors) for file in first.files), 'tensor')}", err=True)
     if undecided:
-        click.echo(f"{undecided} tensors agree in dtype and shape; their bytes have no digests to compare", err=True)
+        agree, their = ("tensor agrees", "its") if undecided == 1 else ("tensors agree", "their")
+        click.echo(f"{undecided} {agree} in dtype and shape; {their} bytes have no digests to compare", err=True)
     if real or undecided:
         raise click.exceptions.Exit(EXIT_DIFFERENT if real else EXIT_UNDECIDED)
 
@@ -192,6 +199,24 @@ def schema() -> None:
     print_json(json_schema())
 
 
+_KINDS = {"differ": "not equal", "only_in_a": "only in the first", "only_in_b": "only in the second"}
+
+
+def _count(differences: list[Difference]) -> str:
+    """How many differ, and how many only one of the two has."""
+    parts = []
+    for what in ("tensor", "document"):
+        kinds = Counter(
+            difference.kind if difference.kind.startswith("only_in") else "differ"
+            for difference in differences
+            if difference.what == what
+        )
+        for kind, says in _KINDS.items():
+            if kinds[kind]:
+                parts.append(f"{counted(kinds[kind], what)} {says}")
+    return f"different: {', '.join(parts)}"
+
+
 def _describe(kind: str, what: str, name: str, a: Any, b: Any) -> str:
     if kind in ("only_in_a", "only_in_b"):
         return f"{what} {name}: only in {'the first' if kind == 'only_in_a' else 'the second'}"
@@ -200,12 +225,12 @@ def _describe(kind: str, what: str, name: str, a: Any, b: Any) -> str:
     return f"{what} {name}: {kind} {a} against {b}"
 
 
-def _warn(what: str, names: Iterable[str]) -> None:
+def _warn(noun: str, what: str, names: Iterable[str]) -> None:
     names = list(names)
     if names:
         shown = ", ".join(printable(name) for name in names[:3])
         more = ", ..." if len(names) > 3 else ""
-        click.echo(f"note: {len(names)} {what}: {shown}{more}", err=True)
+        click.echo(f"note: {counted(len(names), noun)} {what}: {shown}{more}", err=True)
 
 
 def _routed_share(parameters: Parameters) -> float | None:

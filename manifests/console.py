@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +21,10 @@ from manifests.errors import ResourceError, ToolkitError
 EXIT_INTERRUPTED = 130
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Stopped(KeyboardInterrupt):
+    """A service manager's stop or a lost terminal: an interrupt, but nobody is there to go on after it."""
 
 
 class Group(click.Group):
@@ -41,11 +46,11 @@ class Group(click.Group):
             return super().main(args, prog_name, complete_var, False, **extra)
         name = self.name or "program"
         if threading.current_thread() is threading.main_thread():
-            # A service manager's stop and a lost terminal are interrupts like Ctrl-C: what is half-made is removed on
-            # the way out. One that was told to be ignored (nohup) stays ignored.
+            # Both are interrupts like Ctrl-C: what is half-made is removed on the way out. One that was told to be
+            # ignored (nohup) stays ignored.
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is signal.SIG_DFL:
-                    signal.signal(number, signal.default_int_handler)
+                    signal.signal(number, _stop)
         try:
             # click would turn Ctrl-C into exit code 1; outside its standalone mode it lets us decide.
             result = super().main(args, prog_name, complete_var, False, **extra)
@@ -71,21 +76,36 @@ class Group(click.Group):
             # A failing disk, a permission, a limit: met where nobody had a better sentence for it.
             if _is_debugging(name):
                 raise
-            where = f"{printable(str(error.filename))}: " if error.filename else ""
-            click.echo(f"{name}: {where}{error.strerror or error}", err=True)
+            click.echo(f"{name}: {_where(error)}{error.strerror or error}", err=True)
             _drop_broken_stdout()
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             sys.exit(ResourceError.exit_code if is_full else ToolkitError.exit_code)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped
 
 
 def _is_debugging(program: str) -> bool:
     return os.environ.get(f"{program.upper()}_DEBUG") == "1"
 
 
+def _where(error: OSError) -> str:
+    """The file that an error is about, to stand before it; stdout has no name, but who wrote to it can be seen."""
+    if error.filename:
+        return f"{printable(str(error.filename))}: "
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    is_echo = last is not None and last.tb_frame.f_code is click.echo.__code__
+    return "stdout: " if is_echo and last is not None and last.tb_frame.f_locals.get("file") is sys.stdout else ""
+
+
 def _drop_broken_stdout() -> None:
     """Python complains once more when it cannot flush stdout at exit, so give it another one."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -122,6 +142,16 @@ def parse_size(text: str) -> int:
     if match is None or (match[3] and not match[2]) or len(text) > 30:
         raise click.BadParameter(f"{text!r:.60} is not a size; write it like 500M, 16G or 1.5GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: ``1 file``, ``1,653 files``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def format_rate(per_second: float, noun: str) -> str:
+    """A rate with three significant digits and no exponent: ``1,940 tokens/s``."""
+    return f"{float(f'{per_second:.3g}'):,.0f} {noun}/s" if per_second >= 999.5 else f"{per_second:.3g} {noun}/s"
 
 
 def format_bytes(count: int | float) -> str:

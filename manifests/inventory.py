@@ -219,7 +219,12 @@ class Checkpoint:
         path = self._paths.get(file)
         if path is None:
             # Links are followed once for each file, not for each of its tensors.
-            path = self._paths[file] = resolve_inside(self.root, file)
+            try:
+                path = self._paths[file] = resolve_inside(self.root, file)
+            except SourceNotFoundError as error:
+                resharded = "`reshard verify` tells more, `reshard repair` brings it back"
+                advice = resharded if self.manifest.layout == "resharded" else "download it again"
+                raise SourceNotFoundError(f"{error}; {advice}") from error
         return path
 
     def _location(self, file: FileEntry, tensor: TensorEntry) -> Location:

@@ -70,7 +70,7 @@ def map_file(path: Path, size: int) -> memoryview:
 def refusal(path: Path, number: int) -> ToolkitError:
     """What to raise when a file could not be opened or mapped, by the system's error number."""
     if number in (errno.ENOENT, errno.ENOTDIR):
-        return SourceNotFoundError(f"{path}: no such file")
+        return SourceNotFoundError(f"{path}: no such file; `reshard verify` tells more")
     reason = os.strerror(number)
     if number in _SCARCE:
         return ResourceError(f"{path}: cannot be mapped ({reason}); allow more open files or mappings (ulimit -n, -v)")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from manifests.console import Group, format_bytes, format_seconds, printable, quiet_option
+from manifests.console import Group, counted, format_bytes, format_seconds, printable, quiet_option
 from manifests.safety import require_folder
 from manifests.schema import Selection
 from reshard import discard as discarding
@@ -202,7 +202,7 @@ def _measure(source: SourceCheckpoint, planned: Plan) -> float | None:
 
 
 def _result(outcome: Outcome, seconds: float) -> str:
-    files = f"{outcome.files:,} files, {format_bytes(outcome.file_bytes)}"
+    files = f"{counted(outcome.files, 'file')}, {format_bytes(outcome.file_bytes)}"
     if outcome.kept_bytes and not outcome.moved_bytes:
         return f"{files}, all of it was there already"
     rate = f"in {format_seconds(seconds)}, {format_bytes(outcome.moved_bytes / seconds)}/s"

@@ -1,6 +1,7 @@
 """What is done with a resharded checkpoint: verify it, repair it, restore its source."""
 
 import dataclasses
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import click
 
 from manifests import inventory
-from manifests.console import format_bytes, printable, quiet_option
+from manifests.console import counted, format_bytes, printable, quiet_option
 from manifests.errors import IntegrityError
 from reshard import discard as discarding
 from reshard import repair as repairing
@@ -83,9 +84,18 @@ def _advise(dst: Path, findings: list[Damage], unnamed: list[str]) -> None:
         shown = ", ".join(unnamed[:SHOWN_NAMES]) + (", ..." if len(unnamed) > SHOWN_NAMES else "")
         what = "1 file is" if len(unnamed) == 1 else f"{len(unnamed)} files are"
         click.echo(f"note: {what} in the folder and not in the manifest: {printable(shown)}", err=True)
-    if findings:
+    # What may not be read is no damage that a repair could find, let alone mend.
+    closed = [path for path in dict.fromkeys(finding.path for finding in findings) if _is_closed(dst / path)]
+    if closed:
+        what = "1 file" if len(closed) == 1 else f"{len(closed)} files, first"
+        click.echo(f"next: let {what} {printable(closed[0])} be read (chmod, chown), and verify again", err=True)
+    elif findings:
         command = f"reshard repair {shlex.quote(str(dst))} --from SRC"
         click.echo(f"next: {printable(command)}   takes what is damaged from the shards or another copy", err=True)
+
+
+def _is_closed(path: Path) -> bool:
+    return path.exists() and not os.access(path, os.R_OK)
 
 
 @click.command()
@@ -187,9 +197,10 @@ def restore(
         return
     size = format_bytes(sum(shard.size for shard in restored))
     if out is None:
-        text = f"{dst}: all {len(restored)} source shards ({size}) can be rebuilt, every sha256 is the original's"
+        shards = "the source shard" if len(restored) == 1 else f"all {len(restored)} source shards"
+        text = f"{dst}: {shards} ({size}) can be rebuilt, every sha256 is the original's"
     else:
-        text = f"{out}: {len(restored)} shards ({size}) rebuilt, every sha256 is the original's"
+        text = f"{out}: {counted(len(restored), 'shard')} ({size}) rebuilt, every sha256 is the original's"
     click.echo(printable(text))
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from manifests.console import format_bytes, format_seconds, json_option, print_json, printable
+from manifests.console import counted, format_bytes, format_seconds, json_option, print_json, printable
 from manifests.schema import Selection
 from reshard.cli_options import folder_argument, selection_options
 from reshard.consume import same_disk
-from reshard.destination import check_apart, check_empty, check_inodes, check_room, free_bytes
+from reshard.destination import check_apart, check_empty, check_inodes, check_room, check_writable, free_bytes
 from reshard.disk import measure_hash_rate, measure_read_rate
 from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import free_inodes
@@ -88,6 +88,8 @@ def show_plan(
     if consume:
         check_consume(source, planned)
     remaining = find_remaining(source, planned, earlier, destination)
+    if destination is not None and remaining.state != "complete":
+        check_writable(destination)
     document = _describe(source, planned, destination, remaining, consume=consume)
     if as_json:
         print_json(document)
@@ -158,9 +160,10 @@ def _estimate(source: SourceCheckpoint, remaining: Remaining, folder: Path) -> t
 
 def _print(document: dict[str, Any]) -> None:
     source = printable(document["source"])
-    click.echo(f"source     {source}: {document['shards']} shards, {document['tensors']:,} tensors to take")
+    shards, tensors = counted(document["shards"], "shard"), counted(document["tensors"], "tensor")
+    click.echo(f"source     {source}: {shards}, {tensors} to take")
     click.echo(f"payload    {document['payload_bytes']:,} bytes ({format_bytes(document['payload_bytes'])})")
-    click.echo(f"files      {document['files']:,}, of them {document['expert_files']:,} experts")
+    click.echo(f"files      {document['files']:,}, of them {counted(document['expert_files'], 'expert')}")
     if document["state"] == "complete":
         click.echo("there      all of it; nothing is left to do")
     else:
@@ -169,7 +172,7 @@ def _print(document: dict[str, Any]) -> None:
     if document["left_out"]:
         click.echo(f"left out   {printable(', '.join(document['left_out']))}")
     if document["left_out_tensors"]:
-        click.echo(f"selection  leaves out {document['left_out_tensors']:,} tensors; restore needs them all")
+        click.echo(f"selection  leaves out {counted(document['left_out_tensors'], 'tensor')}; restore needs them all")
     for line in unknown_lines(document["unknown_tensors"]):
         click.echo(f"unknown    {line}")
 
@@ -178,10 +181,10 @@ def _print_work(document: dict[str, Any]) -> None:
     """What is there of it, and what the rest needs."""
     if document["state"] != "new":
         kept = f"{format_bytes(document['kept_bytes'])} of {format_bytes(document['payload_bytes'])}"
-        files = f"{document['files'] - document['write_files']:,} of {document['files']:,} files"
+        files = f"{document['files'] - document['write_files']:,} of {counted(document['files'], 'file')}"
         whose = "an interrupted run" if document["state"] == "interrupted" else "an earlier run"
         click.echo(f"there      {kept}, {files}, of {whose}")
-        click.echo(f"to write   {format_bytes(document['write_bytes'])}, {document['write_files']:,} files")
+        click.echo(f"to write   {format_bytes(document['write_bytes'])}, {counted(document['write_files'], 'file')}")
     needed, free = document["needed_bytes"], document["free_bytes"]
     click.echo(f"disk       {format_bytes(needed)} needed, {format_bytes(free)} free")
     if document["consume_peak_bytes"] is not None:

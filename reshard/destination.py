@@ -38,6 +38,19 @@ def check_apart(source: Path, destination: Path) -> None:
         raise ToolkitError(f"{destination}: is a file; choose a new or empty folder")
 
 
+def check_writable(destination: Path) -> None:
+    """Refuse a folder in which nothing can be made: itself, or the one in which it would be made.
+
+    Raises:
+        ToolkitError: The system would not let this process.
+    """
+    folder = existing_folder(destination)
+    if not folder.is_dir():
+        raise ToolkitError(f"{destination}: {folder} is a file; choose another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ToolkitError(f"{destination}: {folder} may not be written to; choose another folder")
+
+
 def check_empty(destination: Path) -> None:
     """Refuse a folder that holds anything, but for a journal that was never finished.
 

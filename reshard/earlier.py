@@ -213,8 +213,13 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
     known = earlier.manifest.source
     headers = {document.path: document.content_sha256 for document in earlier.manifest.documents}
     shards = [(name, header.file_bytes, sha256_hex(header.raw)) for name, header in source.shards.items()]
-    if known is None or [(shard.name, shard.size, headers[shard.header]) for shard in known.shards] != shards:
-        raise ToolkitError(f"{destination}: holds another checkpoint than {source.root}; choose a new or empty folder")
+    held = [] if known is None else [(shard.name, shard.size, headers[shard.header]) for shard in known.shards]
+    if held != shards:
+        other = next((now[0] for before, now in zip(held, shards, strict=False) if before != now), None)
+        why = "" if other is None else f": {other} is another file"
+        raise ToolkitError(
+            f"{destination}: holds another checkpoint than {source.root}{why}; choose a new or empty folder"
+        )
     tensors = [tensor for file in plan.files for tensor in file.tensors if tensor.name in earlier.durable.tensors]
     taken = 0
     # The smallest first: norms and routers differ between any two models, and many of them are few bytes.
@@ -224,8 +229,8 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
             break
         if _digests(source.root, tensor) != earlier.durable.tensors[tensor.name]:
             raise ToolkitError(
-                f"{destination}: holds another model than {source.root}: tensor {tensor.name!r} differs; choose a new "
-                "or empty folder"
+                f"{destination}: holds another model than {source.root}: {tensor.shard} differs in tensor "
+                f"{tensor.name!r}; choose a new or empty folder"
             )
 
 
@@ -251,7 +256,7 @@ def _digests(root: Path, tensor: PlannedTensor, progress: Progress | None = None
 
 
 def require_same_documents(earlier: Earlier, source: SourceCheckpoint, destination: Path) -> None:
-    """Refuse to widen when a small file was changed: its copy belongs to what is there, and must not be replaced.
+    """Refuse when a small file was changed: its copy belongs to what is there, and must not be replaced.
 
     Raises:
         ToolkitError: With the name of the file.

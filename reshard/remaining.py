@@ -66,13 +66,14 @@ def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, desti
     is_interrupted = earlier.journal is not None and not earlier.is_finished
     if is_interrupted:
         require_same_task(earlier, source, plan, destination)
+        if earlier.manifest is not None:
+            require_same_documents(earlier, source, destination)
     elif earlier.manifest is not None:
         require_same_source(_sampled(earlier, plan), source, plan, destination)
+        require_same_documents(earlier, source, destination)
         if earlier.widen(plan.selection) == earlier.manifest.selection:
             return Remaining(state="complete", kept_bytes=plan.payload_bytes)
         require_plain(earlier.manifest, destination)
-    if earlier.manifest is not None:
-        require_same_documents(earlier, source, destination)
     durable = _believed(source, plan, earlier.durable, destination)
     return _count(source, plan, durable, "interrupted" if is_interrupted else "part")
 

@@ -295,8 +295,11 @@ class _Run:
         if earlier.journal is not None:
             require_same_task(earlier, self._source, self._plan, self._destination)
             require_taken_bytes(earlier, self._source, self._plan, self._destination, self._progress)
+            if earlier.manifest is not None:
+                require_same_documents(earlier, self._source, self._destination)
         elif earlier.manifest is not None:
             require_same_source(earlier, self._source, self._plan, self._destination)
+            require_same_documents(earlier, self._source, self._destination)
             wider = earlier.widen(self._plan.selection)
             if wider == earlier.manifest.selection:
                 return True
@@ -306,8 +309,6 @@ class _Run:
                 raise ToolkitError(f"{self._destination}: was widened while this run was planned; run again")
         else:
             check_empty(self._destination)
-        if earlier.manifest is not None:
-            require_same_documents(earlier, self._source, self._destination)
         return False
 
     def _open_journal(self, earlier: Earlier) -> Journal:

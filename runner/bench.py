@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from manifests.console import format_bytes, format_seconds
+from manifests.console import counted, format_bytes, format_rate, format_seconds
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner import floors, kernels, machine
 from runner.cache import LatentCache
@@ -115,8 +115,8 @@ class Result:
         yield f"memory     {_rate(self.memory_read_gbps)} read alone; the process took {format_bytes(self.peak_bytes)}"
         yield f"disk       {_rate(self.disk_read_gbps)} read alone, past the page cache"
         for name, phase in (("first", self.first), ("decode", self.decode)):
-            usage, what = phase.usage, f"{phase.tokens} tokens in {format_seconds(phase.seconds)}"
-            speed = f"{phase.tokens / phase.seconds:.3g} tokens/s"
+            usage, what = phase.usage, f"{counted(phase.tokens, 'token')} in {format_seconds(phase.seconds)}"
+            speed = format_rate(phase.tokens / phase.seconds, "tokens")
             share = "" if phase.share is None else f", {phase.share:.2f} of the floor"
             yield f"{name:<10} {what}, {speed}{share}"
             yield f"           {usage}"

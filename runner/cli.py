@@ -18,7 +18,9 @@ from runner.cli_measure import eval_command, logits
 from runner.cli_mtp import mtp
 from runner.cli_options import (
     STDIN,
+    FileName,
     as_dtype,
+    before_errors,
     compute_options,
     echo_generated,
     model_option,
@@ -28,6 +30,7 @@ from runner.cli_options import (
     note_idle_speculation,
     note_speculation,
     read_text,
+    require_stdout,
     sampling_options,
     set_threads,
     speculation_options,
@@ -59,7 +62,9 @@ for command in (chat, logits, eval_command, bench, trace, replay, mtp):
 @runner.command()
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to continue; - reads stdin.")
-@click.option("-f", "--file", "prompt_file", metavar="FILE", help="A file with the text; - reads stdin.")
+@click.option(
+    "-f", "--file", "prompt_file", type=FileName(), metavar="FILE", help="A file with the text; - reads stdin."
+)
 @click.argument("source", required=False, metavar="[-]", type=click.Choice([STDIN]))
 @click.option("--system", metavar="TEXT", help="Ask as a chat: this system message, then the prompt as a question.")
 @click.option(
@@ -111,6 +116,7 @@ def generate(
     """
     if not all(stops):
         raise click.UsageError("--stop must not be empty")
+    require_stdout()
     written = _read_prompt(prompt, prompt_file, source)
     from runner.loaded import LoadedModel
 
@@ -135,7 +141,7 @@ def generate(
         ids = loaded.text.encode_chat([{"role": "system", "content": system}, {"role": "user", "content": written}])
     generation = loaded.start(ids, max_tokens=max_tokens, sampling=sampling, stops=stops)
     text = ""
-    for piece in generation:
+    for piece in generation if as_json else before_errors(generation):
         text += piece
         if not as_json:
             echo_generated(piece)

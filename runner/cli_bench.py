@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 
 from manifests.console import json_option, printable, quiet_option
-from runner.cli_options import as_dtype, memory_options, model_option, note, set_threads, threads_option
+from runner.cli_options import FileName, as_dtype, memory_options, model_option, note, set_threads, threads_option
 
 
 @click.command()
 @model_option
-@click.option("--ids", "ids_file", type=click.Path(), metavar="FILE", help="A JSON list of token ids. Default: random.")
+@click.option("--ids", "ids_file", type=FileName(), metavar="FILE", help="A JSON list of token ids. Default: random.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Ids of the prompt."
 )
@@ -62,6 +62,11 @@ def bench(
     from runner.loaded import LoadedModel
 
     ids = None if ids_file is None else read_ids(Path(ids_file))
+    if ids is not None and len(ids) < prompt_tokens + tokens:
+        raise click.UsageError(
+            f"{printable(str(ids_file))}: has {len(ids)} ids, and --prompt-tokens {prompt_tokens} and -n {tokens} take "
+            f"{prompt_tokens + tokens}; give a longer list, or smaller numbers"
+        )
     set_threads(threads)
     begin = time.perf_counter()
     result = run(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from manifests.console import quiet_option
+from manifests.console import Stopped, quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
     as_dtype,
+    before_errors,
     compute_options,
     decode_utf8,
     echo_generated,
@@ -25,6 +26,8 @@ from runner.cli_options import (
     note_idle_sampling,
     note_idle_speculation,
     note_speculation,
+    require_stdin,
+    require_stdout,
     sampling_options,
     set_threads,
     speculation_options,
@@ -83,7 +86,15 @@ def chat(
       printf 'What is an expert?\\nAnd a router?\\n' | runner chat -m DeepSeek-V3-experts -q
 
     Special tokens that you write stay plain text. The cache is kept between turns.
+
+    \b
+    /help    lists these
+    /reset   forgets the conversation
+    /exit    leaves; so does Ctrl-D
+    Ctrl-C   stops the answer; what was said of it stays in the conversation
     """
+    require_stdin()
+    require_stdout()
     from runner.conversation import Conversation
     from runner.loaded import LoadedModel
 
@@ -137,9 +148,9 @@ def chat(
                     if not terminal.interactive:
                         raise
                     click.echo(f"runner: {error}", err=True)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as interrupt:
                     # Just before or after the answer, where nothing is left to stop.
-                    if not terminal.interactive:
+                    if not terminal.interactive or isinstance(interrupt, Stopped):
                         raise
                     click.echo(err=True)
 
@@ -158,10 +169,10 @@ def _take_turn(
     generation = loaded.start(turn.ids, max_tokens=max_tokens, sampling=sampling)
     interrupted = False
     try:
-        for piece in generation:
+        for piece in before_errors(generation):
             echo_generated(piece)
-    except KeyboardInterrupt:
-        if not interactive:
+    except KeyboardInterrupt as interrupt:
+        if not interactive or isinstance(interrupt, Stopped):
             raise
         interrupted = True
     click.echo()
@@ -198,7 +209,7 @@ class _Terminal:
             except EOFError:
                 click.echo(err=True)
                 return None
-            except KeyboardInterrupt:
-                if not self.interactive:
+            except KeyboardInterrupt as interrupt:
+                if not self.interactive or isinstance(interrupt, Stopped):
                     raise
                 click.echo("\n(/exit leaves)", err=True)

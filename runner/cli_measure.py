@@ -6,8 +6,6 @@ Arguments in, numbers out. Torch is imported inside the commands, so that `--hel
 from __future__ import annotations
 
 import ctypes
-import errno
-import os
 import struct
 import sys
 import time
@@ -17,9 +15,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import format_seconds, json_option, print_json, printable, quiet_option
-from manifests.errors import ResourceError, SourceNotFoundError, ToolkitError
-from runner.cli_options import as_dtype, memory_options, model_option, note, read_text, set_threads, threads_option
+from manifests.console import counted, format_rate, format_seconds, json_option, print_json, printable, quiet_option
+from manifests.errors import SourceNotFoundError, ToolkitError
+from runner.cli_options import (
+    FileName,
+    as_dtype,
+    hides_bar,
+    memory_options,
+    model_option,
+    note,
+    read_text,
+    set_threads,
+    threads_option,
+)
+from runner.output import check_output, open_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +46,7 @@ TOP = 5
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to read.")
 @click.option("--ids", metavar="N,N,...", help="Token ids to read, exactly these: no token is put before them.")
-@click.option("--out", type=click.Path(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
+@click.option("--out", type=FileName(), metavar="FILE", help="Write `ids` and `logits` to this .safetensors file.")
 @memory_options
 @threads_option
 @json_option
@@ -67,8 +76,8 @@ def logits(
     if (prompt is None) == (ids is None):
         raise click.UsageError("give either -p TEXT or --ids N,N,...")
     wanted = [] if ids is None else _parse_ids(ids)
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise SourceNotFoundError(f"{Path(out).absolute().parent}: no such folder to write {Path(out).name} to")
+    if out is not None:
+        check_output(Path(out))
 
     from runner.loaded import LoadedModel
 
@@ -97,7 +106,14 @@ def logits(
 @click.command("eval")
 @model_option
 @click.option(
-    "-f", "--file", "files", multiple=True, required=True, metavar="FILE", help="A text; may be repeated; - is stdin."
+    "-f",
+    "--file",
+    "files",
+    type=FileName(),
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="A text; may be repeated; - is stdin.",
 )
 @click.option(
     "--ctx",
@@ -147,8 +163,7 @@ def eval_command(
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}
     tokens = sum(max(0, len(one) - 1) for one in ids.values())
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=tokens, unit="token", leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+    with tqdm(total=tokens, unit="token", leave=False, disable=hides_bar(quiet=quiet), file=sys.stderr) as bar:
         for path, text in texts.items():
             found[path] = evaluate(
                 loaded.model, ids[path], ctx=ctx, text_bytes=len(text.encode("utf-8")), on_tokens=bar.update
@@ -173,7 +188,7 @@ def eval_command(
             click.echo(f"{printable(path)}: {one}")
         if len(found) > 1:
             click.echo(f"all: {whole}")
-    speed = f"{tokens} tokens in {format_seconds(seconds)} ({tokens / seconds:.3g} tokens/s)"
+    speed = f"{counted(tokens, 'token')} in {format_seconds(seconds)} ({format_rate(tokens / seconds, 'tokens')})"
     note(f"{speed}; {usage}", quiet=quiet)
 
 
@@ -193,7 +208,7 @@ def _token_text(loaded: LoadedModel, token: int) -> str | None:
 
 
 def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: Path) -> Tensor:
-    """Write a .safetensors file whole or not at all, as its logits come; give those of the last position.
+    """Write a .safetensors file as its logits come, see `open_output`; give those of the last position.
 
     Raises:
         ResourceError: The disk is full.
@@ -201,8 +216,6 @@ def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: P
     """
     from manifests.header import HeaderTensor, encode_header
 
-    if path.is_dir():
-        raise ToolkitError(f"{path}: is a folder; give the name of a file")
     count = len(ids)
     middle = 8 * count
     end = middle + 4 * count * vocab_size
@@ -210,23 +223,14 @@ def _save(ids: Sequence[int], blocks: Iterator[Tensor], vocab_size: int, path: P
         HeaderTensor(name="ids", dtype="I64", shape=(count,), begin=0, end=middle),
         HeaderTensor(name="logits", dtype="F32", shape=(count, vocab_size), begin=middle, end=end),
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     last_V: Tensor | None = None
-    try:
-        with unfinished.open("wb") as file:
-            file.write(encode_header(tensors))
-            file.write(struct.pack(f"<{count}q", *ids))
-            for block in blocks:
-                kept = block.contiguous()
-                file.write((ctypes.c_ubyte * kept.nbytes).from_address(kept.data_ptr()))
-                last_V = block[-1]
-        os.replace(unfinished, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError(f"{path}: no space left to write it; free some and run again") from error
-        raise ToolkitError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with open_output(path) as file:
+        file.write(encode_header(tensors))
+        file.write(struct.pack(f"<{count}q", *ids))
+        for block in blocks:
+            kept = block.contiguous()
+            file.write((ctypes.c_ubyte * kept.nbytes).from_address(kept.data_ptr()))
+            last_V = block[-1]
     if last_V is None:
         raise ToolkitError("there is nothing to read: no token was given")
     return last_V

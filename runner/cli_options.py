@@ -5,8 +5,10 @@ Knows click and plain text. It must not import torch: `--help` of every command 
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +25,32 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STDIN = "-"
+
+
+class FileName(click.ParamType):
+    """The name of a file, which need not be there; no empty name, and no folder."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Take it as it is, or fail as a usage error."""
+        text = str(value)
+        if not text:
+            self.fail("is empty; give the name of a file", param, ctx)
+        if os.path.isdir(text):
+            self.fail(f"{printable(text)} is a folder; give the name of a file", param, ctx)
+        return text
+
+
+class Number(click.FloatRange):
+    """A number in a range, which NaN and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse, or fail as a usage error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def model_option(function: F) -> F:
@@ -69,7 +97,7 @@ def memory_options(function: F) -> F:
         ),
         click.option(
             "--pin",
-            type=click.Path(),
+            type=FileName(),
             metavar="TRACE",
             help="Keep the experts in memory that this trace used most, see `runner trace`.",
         ),
@@ -134,7 +162,7 @@ def sampling_options(function: F) -> F:
                 "--temp",
                 "--temperature",
                 "temperature",
-                type=click.FloatRange(min=0),
+                type=Number(min=0),
                 metavar="T",
                 help="Divides the logits; 0 always takes the most likely token.",
             ),
@@ -143,13 +171,13 @@ def sampling_options(function: F) -> F:
             ),
             click.option(
                 "--top-p",
-                type=click.FloatRange(min=0, max=1, min_open=True),
+                type=Number(min=0, max=1, min_open=True),
                 metavar="P",
                 help="Keep the most likely tokens that together reach this share; 1 keeps all.",
             ),
             click.option(
                 "--min-p",
-                type=click.FloatRange(min=0, max=1),
+                type=Number(min=0, max=1),
                 metavar="P",
                 help="Keep tokens at least this many times as likely as the most likely; 0 keeps all.",
             ),
@@ -169,6 +197,44 @@ def echo_generated(piece: str) -> None:
         piece = "".join(c if c in "\n\t" or ord(c) >= 0xA0 or " " <= c <= "~" else printable(c) for c in piece)
     # Without color=True click removes escape sequences from what goes into a pipe: it is data there.
     click.echo(piece, nl=False, color=True)
+
+
+def before_errors(pieces: Iterable[str]) -> Iterator[str]:
+    """Pass on pieces that are shown as they come; an error among them begins a line of its own, as Ctrl-C does."""
+    last = ""
+    try:
+        for piece in pieces:
+            last = piece
+            yield piece
+    except Exception:
+        if last and not last.endswith("\n"):
+            click.echo(err=True)
+        raise
+
+
+def require_stdout() -> None:
+    """Refuse to make a text that nobody can get.
+
+    Raises:
+        ToolkitError: The caller closed stdout.
+    """
+    if sys.stdout is None:
+        raise ToolkitError("stdout: is closed, and the text goes there; give /dev/null if nobody is to read it")
+
+
+def require_stdin() -> None:
+    """Refuse to read what cannot come.
+
+    Raises:
+        ToolkitError: The caller closed stdin.
+    """
+    if sys.stdin is None:
+        raise ToolkitError("stdin: is closed; give it a text, or name a file")
+
+
+def hides_bar(*, quiet: bool) -> bool | None:
+    """What tqdm takes as `disable`: no bar where nobody wants one, nor (None) where stderr is no terminal."""
+    return True if quiet or sys.stderr is None else None
 
 
 def as_dtype(name: str) -> torch.dtype:
@@ -226,9 +292,11 @@ def read_text(path: str) -> str:
 
     Raises:
         SourceNotFoundError: There is no such file.
-        ToolkitError: It cannot be read, or is not UTF-8.
+        ToolkitError: It cannot be read, or is not UTF-8; or stdin is closed.
     """
     name = "stdin" if path == STDIN else path
+    if path == STDIN:
+        require_stdin()
     try:
         raw = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     except FileNotFoundError as error:

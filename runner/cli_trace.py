@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manifests.console import json_option, parse_size, print_json, printable, quiet_option
-from manifests.errors import SourceNotFoundError, ToolkitError
-from runner.cli_options import as_dtype, compute_options, model_option, note, read_text, set_threads
+from manifests.console import counted, json_option, parse_size, print_json, printable, quiet_option
+from manifests.errors import ToolkitError
+from runner.cli_options import (
+    FileName,
+    as_dtype,
+    compute_options,
+    hides_bar,
+    model_option,
+    note,
+    read_text,
+    set_threads,
+)
+from runner.output import check_output
 
 if TYPE_CHECKING:
     from runner.replay import Replay
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to continue.")
-@click.option("-f", "--file", "prompt_file", metavar="FILE", help="A file with the text; - is stdin.")
+@click.option("-f", "--file", "prompt_file", type=FileName(), metavar="FILE", help="A file with the text; - is stdin.")
 @click.option(
     "-n",
     "--max-tokens",
@@ -34,7 +44,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="The most tokens to add.",
 )
-@click.option("--out", required=True, type=click.Path(), metavar="FILE", help="Where to write the trace.")
+@click.option("--out", required=True, type=FileName(), metavar="FILE", help="Where to write the trace.")
 @compute_options
 @json_option
 @quiet_option
@@ -65,10 +75,7 @@ def trace(
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either -p TEXT or -f FILE")
     path = Path(out)
-    if not path.absolute().parent.is_dir():
-        raise SourceNotFoundError(f"{path.absolute().parent}: no such folder to write {path.name} to")
-    if path.is_dir():
-        raise ToolkitError(f"{path}: is a folder; give the name of a file")
+    check_output(path)
     text = prompt if prompt is not None else read_text(str(prompt_file))
     from runner.loaded import LoadedModel
     from runner.trace import TraceRecorder, save
@@ -108,8 +115,10 @@ def trace(
                 "experts_used": {str(layer): count for layer, count in used.items()},
             }
         )
+    passes = "1 pass" if len(found.passes) == 1 else f"{len(found.passes):,} passes"
+    prompt = counted(len(ids), "prompt token")
     note(
-        f"wrote {printable(out)}: {len(found.passes)} passes for {len(ids)} prompt tokens and {generated} generated; "
+        f"wrote {printable(out)}: {passes} for {prompt} and {generated} generated; "
         f"{sum(used.values())} of {len(found.layers) * found.experts} experts used",
         quiet=quiet,
     )
@@ -150,8 +159,7 @@ def replay(
 
     found: list[Trace] = [load(Path(path)) for path in traces]
     runs = len(replays.policy_names()) * (len(replays.SHARES) if windows is None else len(windows))
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=runs, leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+    with tqdm(total=runs, leave=False, disable=hides_bar(quiet=quiet), file=sys.stderr) as bar:
         result = replays.replay(found, windows, on_run=bar.update)
     if as_json:
         print_json({"traces": list(traces)} | result.to_document())
@@ -193,6 +201,7 @@ def _table(result: Replay) -> list[str]:
         lines.append(f"{'experts in memory':>24}" + "".join(f"{name:>10}" for name in names))
         for window, policies in result.windows.items():
             rates = [getattr(one, phase).hit_rate or 0 for one in policies.values()]
-            share = f"{window:,} ({window / result.experts:.1%})"
+            part = "all" if window > result.experts else f"{window / result.experts:.1%}"
+            share = f"{window:,} ({part})"
             lines.append(f"{share:>24}" + "".join(f"{rate:>10.1%}" for rate in rates))
     return lines

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import manifests
 from manifests.check import check_files
-from manifests.console import format_bytes
+from manifests.console import counted, format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from runner import demo, machine
 from runner.config import ModelConfig
@@ -131,7 +131,7 @@ class Report:
         if model.files is not None and model.file_bytes is not None:
             layout = "resharded" if model.layout == "resharded" else "original files"
             size = format_bytes(model.file_bytes)
-            yield f"           {model.model_type or 'unknown type'}, {layout}, {model.files} files, {size}"
+            yield f"           {model.model_type or 'unknown type'}, {layout}, {counted(model.files, 'file')}, {size}"
         if model.tokenizer_ids is not None:
             template = "with a thinking switch" if model.thinking else "yes" if model.chat_template else "none"
             yield f"tokenizer  {model.tokenizer_ids} ids, chat template: {template}"
@@ -277,13 +277,13 @@ def _check_files(checkpoint: manifests.Checkpoint) -> None:
     missing = [problem for problem in problems if problem.kind == "missing_file"]
     if missing:
         raise IncompleteError(
-            f"{len(missing)} files of the manifest are missing, first {missing[0].loc}; "
+            f"{counted(len(missing), 'file')} of the manifest missing, first {missing[0].loc}; "
             "copy them back, or reshard into a new folder"
         )
     if problems:
         raise IntegrityError(
-            f"{len(problems)} files are not as the manifest says, first {problems[0].loc}: {problems[0].message}; "
-            "run `reshard verify`"
+            f"{counted(len(problems), 'file')} not as the manifest says, first {problems[0].loc}: "
+            f"{problems[0].message}; run `reshard verify`"
         )
 
 
@@ -306,7 +306,7 @@ def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Non
                 check_shape(tensor.name, tensor.shape, shape)
     without_scales = checkpoint.missing_scales()
     if without_scales:
-        raise ManifestError(f"{len(without_scales)} FP8 weights have no scales, first {without_scales[0]}")
+        raise ManifestError(f"{counted(len(without_scales), 'FP8 weight')} without scales, first {without_scales[0]}")
 
 
 def _check_vocabulary(tokenizer_ids: int, vocab_size: int) -> None:

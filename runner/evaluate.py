@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manifests.console import counted
 from manifests.errors import ToolkitError
 from runner.budget import BLOCK_TOKENS, HEAD_TOKENS
 from runner.cache import LatentCache
@@ -65,7 +66,7 @@ class Evaluation:
     def __str__(self) -> str:
         return (
             f"{self.bits_per_byte:.4f} bits per byte, perplexity {self.perplexity:.3f} "
-            f"({self.tokens} tokens, {self.text_bytes} bytes, nll {self.nll:.2f} nats)"
+            f"({counted(self.tokens, 'token')}, {counted(self.text_bytes, 'byte')}, nll {self.nll:.2f} nats)"
         )
 
 

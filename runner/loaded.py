@@ -221,6 +221,8 @@ class LoadedModel:
     def _most_used(self, usage: trace.Trace, config: ModelConfig) -> list[Key]:
         """The experts to pin: as many as leave a quarter of the window, and what a token needs, to the others."""
         layers = tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
+        if usage.model_type != config.model_type:
+            raise ManifestError(f"the trace is of another model than {self.root}: of {usage.model_type!r:.60}")
         if (usage.layers, usage.experts) != (layers, config.n_routed_experts):
             raise ManifestError(f"the trace is of another model than {self.root}: it has other layers or experts")
         counts = {(layer, expert): n for layer, experts in usage.usage.items() for expert, n in experts.items()}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from manifests.console import format_bytes, format_seconds
+from manifests.console import counted, format_bytes, format_rate, format_seconds
 
 
 class ExpertIds(Protocol):
@@ -116,14 +116,14 @@ class RunStats:
 
     def __str__(self) -> str:
         """One line for people."""
-        parts = [_phase(f"{self.prompt_tokens} prompt tokens", self.prefill_s, self.prefill_tokens_per_s)]
+        parts = [_phase(counted(self.prompt_tokens, "prompt token"), self.prefill_s, self.prefill_tokens_per_s)]
         reused = self.prompt_tokens - self.prefill_tokens
         if reused:
             parts[0] += f", {reused} of them kept from before"
         parts.append(_phase(f"{self.generated_tokens} generated", self.decode_s, self.decode_tokens_per_s))
         experts = sum(self.experts_used.values())
         if experts:
-            parts.append(f"{experts} experts used in {len(self.experts_used)} layers")
+            parts.append(f"{counted(experts, 'expert')} used in {counted(len(self.experts_used), 'layer')}")
         parts.append(str(self.usage))
         return "; ".join(parts)
 
@@ -183,4 +183,4 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def _phase(what: str, seconds: float, rate: float | None) -> str:
-    return f"{what} in {format_seconds(seconds)}" + (f" ({rate:.3g} tokens/s)" if rate is not None else "")
+    return f"{what} in {format_seconds(seconds)}" + (f" ({format_rate(rate, 'tokens')})" if rate is not None else "")

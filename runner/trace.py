@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from manifests.errors import ManifestError, Problem
 from manifests.jsontext import read_json
-from manifests.storage import write_atomic
+from runner.output import open_output
 from runner.telemetry import ExpertIds
 
 FORMAT = "expert-trace"
@@ -131,9 +131,15 @@ class TraceRecorder:
 
 
 def save(trace: Trace, path: Path) -> None:
-    """Write a trace, whole or not at all."""
+    """Write a trace; see `open_output`.
+
+    Raises:
+        ResourceError: The disk is full.
+        ToolkitError: It cannot be written for another reason.
+    """
     text = json.dumps(trace.to_document(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    write_atomic(path, text.encode("ascii") + b"\n")
+    with open_output(path) as file:
+        file.write(text.encode("ascii") + b"\n")
 
 
 def load(path: Path) -> Trace:
@@ -143,7 +149,11 @@ def load(path: Path) -> Trace:
         SourceNotFoundError: There is no such file.
         ManifestError: It is no trace of this version, or contradicts itself.
     """
-    return parse(read_json(path, max_bytes=MAX_TRACE_BYTES), what=str(path))
+    try:
+        document = read_json(path, max_bytes=MAX_TRACE_BYTES)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; make it again with `runner trace`", error.problems) from error
+    return parse(document, what=str(path))
 
 
 def parse(document: object, *, what: str) -> Trace:

@@ -87,6 +87,14 @@ def test_make_run_inference_reshards_once_and_never_mixes_models(tmp_path: Path)
     again = make()
     assert again.returncode == 0, again.stderr
     assert "all of it was there already" in again.stdout
+    config = source / "config.json"
+    before = config.read_bytes()
+    config.write_bytes(before + b"\n")
+    stale = make()
+    assert stale.returncode != 0
+    assert f"{config}: differs from what {out} was made with; put the file back as it was" in stale.stderr
+    assert "def read_lines" not in stale.stdout
+    config.write_bytes(before)
     shard = source / "model-00001-of-000163.safetensors"
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1

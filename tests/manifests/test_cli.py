@@ -79,7 +79,7 @@ def test_show_says_what_has_no_scales(program: Program, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     result = program("manifests", "show", tmp_path / "x.safetensors")
     assert result.code == 0
-    assert "note: 1 FP8 weights without scales: lm_head.weight" in result.err
+    assert "note: 1 FP8 weight without scales: lm_head.weight" in result.err
     assert program("manifests", "show", tmp_path / "x.safetensors", "--json").json["missing_scales"] == [
         "lm_head.weight"
     ]
@@ -197,7 +197,9 @@ def test_what_is_not_there(program: Program, tmp_path: Path) -> None:
 def test_diff(program: Program, v3_resharded: Path, resharded_copy: Path, v3_folder: Path, v2_folder: Path) -> None:
     result = program("manifests", "diff", v3_resharded, resharded_copy, "--json")
     assert (result.code, result.json) == (0, {"equal": True, "undecided": 0, "differences": []})
-    assert program("manifests", "diff", v3_resharded, resharded_copy).out == ""
+    result = program("manifests", "diff", v3_resharded, resharded_copy)
+    tensors = len(program("manifests", "ls", v3_resharded, "--json").json)
+    assert (result.out, result.err) == ("", f"equal: {tensors} tensors\n")
     result = program("manifests", "diff", v3_folder, v3_resharded, "--json")
     assert (result.code, result.json["equal"]) == (3, None)  # who knows
     assert result.json["undecided"] > 200
@@ -205,9 +207,26 @@ def test_diff(program: Program, v3_resharded: Path, resharded_copy: Path, v3_fol
     result = program("manifests", "diff", v3_folder, v2_folder, "--json")
     assert (result.code, result.json["equal"]) == (1, False)
     assert keys(result.json["differences"][0]).keys() == {"kind", "what", "name", "a", "b"}
-    text = program("manifests", "diff", v3_folder, v2_folder).out
+    result = program("manifests", "diff", v3_folder, v2_folder)
+    kinds = [
+        difference["kind"]
+        for difference in program("manifests", "diff", v3_folder, v2_folder, "--json").json["differences"]
+    ]
+    only = kinds.count("only_in_a"), kinds.count("only_in_b")
+    assert result.err.splitlines()[0] == (
+        f"different: {len(kinds) - sum(only)} tensors not equal, {only[0]} tensors only in the first, "
+        f"{only[1]} tensors only in the second"
+    )
+    text = result.out
     assert "tensor model.layers.3.enorm.weight: only in the first\n" in text
     assert "shape [67, 136] against [30, 40]" in text
+
+
+def test_a_missing_file_is_named_once(program: Program, resharded_copy: Path) -> None:
+    path = next(resharded_copy.glob("layers/*/dense.safetensors"))
+    path.unlink()
+    result = program("manifests", "check", resharded_copy)
+    assert (result.code, result.out) == (13, f"{path.relative_to(resharded_copy)}: no such file\n")
 
 
 def test_schema(program: Program, v3_resharded: Path) -> None:

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from manifests import errors
-from manifests.console import Group, format_bytes, format_seconds, print_json, printable
+from manifests.console import Group, counted, format_bytes, format_rate, format_seconds, print_json, printable
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence(v3_folder: Path) -> None:
     with open("/dev/full", "wb") as full:
         result = subprocess.run(ls(v3_folder), stdout=full, stderr=subprocess.PIPE, check=False, text=True)
     assert result.returncode == 15
-    assert result.stderr == "manifests: No space left on device\n"
+    assert result.stderr == "manifests: stdout: No space left on device\n"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,14 @@ def test_bytes_for_people(count: float, text: str) -> None:
 )
 def test_seconds_for_people(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_counts_and_rates_for_people() -> None:
+    assert [counted(count, "file") for count in (0, 1, 2, 1653)] == ["0 files", "1 file", "2 files", "1,653 files"]
+    rates = (0.5, 71.66, 999.4, 999.6, 1938.4, 1234567)
+    assert [format_rate(rate, "tokens").removesuffix(" tokens/s") for rate in rates] == [
+        "0.5", "71.7", "999", "1,000", "1,940", "1,230,000",
+    ]  # fmt: skip
 
 
 def test_hostile_names_do_not_drive_the_terminal() -> None:

@@ -381,7 +381,7 @@ def test_copies_are_told_apart_without_their_payload(
         (tmp_path / path).mkdir()
         (tmp_path / path / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     result = program("manifests", "diff", tmp_path / "a", tmp_path / "b")
-    assert (result.code, result.err) == (1, "")
+    assert (result.code, result.err) == (1, "different: 1 tensor not equal, 1 document not equal\n")
     assert result.out == f"tensor {name}: bytes differ\ndocument LICENSE: bytes differ\n"
     # Shards have no digests to tell them apart by: nothing is said of their bytes but that.
     result = program("manifests", "diff", v3_copy, tmp_path / "b")

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -318,3 +319,67 @@ def test_progress_is_drawn_on_terminals_only(v3_folder: Path, tmp_path: Path) ->
         assert process.returncode == 0
         assert json.loads(out.splitlines()[-1])["event"] == "end"
         assert (b"reshard" in drawn and b"B/s" in drawn) is not quiet
+
+
+def test_a_plan_for_a_place_that_cannot_be_written(
+    v2_folder: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may write everywhere: so the answer is given."""
+    access, out = os.access, tmp_path / "below" / "out"
+    program("reshard", "run", v2_folder, tmp_path / "whole")
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK))
+    for command in (("plan",), ("run", "--dry-run")):
+        result = program("reshard", *command, v2_folder, out)
+        assert (result.code, result.out) == (1, "")
+        assert result.err == f"reshard: {out}: {tmp_path} may not be written to; choose another folder\n"
+    # Where nothing is left to write nothing is refused.
+    assert program("reshard", "plan", v2_folder, tmp_path / "whole").code == 0
+    (tmp_path / "file").touch()
+    result = program("reshard", "plan", v2_folder, tmp_path / "file" / "out")
+    assert (result.code, result.err) == (
+        1, f"reshard: {tmp_path}/file/out: {tmp_path}/file is a file; choose another folder\n",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_plan_and_run_refuse_the_same_place(v2_folder: Path, tmp_path: Path) -> None:
+    """With the system's own answer."""
+    source = shutil.copytree(v2_folder, tmp_path / "source")
+    # pytest's own folders are root's alone.
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    code = f"""
+import os, sys
+sys.path[:] = {sys.path!r}
+from reshard.cli import reshard
+os.setuid(65534)
+reshard.main([sys.argv[1], {str(source)!r}, {str(tmp_path / "out")!r}])
+"""
+    for command, says in (("plan", "may not be written to"), ("run", "cannot be written: Permission denied")):
+        done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"reshard: {tmp_path / 'out'}: ")
+        assert says in done.stderr
+
+
+def test_what_may_not_be_read_is_not_to_be_repaired(
+    v2_resharded: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may read everything: so the answers are given."""
+    out = shutil.copytree(v2_resharded, tmp_path / "out")
+    path = next(out.glob("layers/*/dense.safetensors"))
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "next: reshard repair" in program("reshard", "verify", out).err
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda some, mode: Path(some) != path and access(some, mode))
+    result = program("reshard", "verify", out)
+    assert result.code == 13
+    assert "repair" not in result.err
+    assert f"next: let 1 file {path.relative_to(out)} be read (chmod, chown), and verify again\n" in result.err
+
+
+def test_one_shard_is_no_shards(single_folder: Path, tmp_path: Path, program: Program) -> None:
+    assert ": 1 shard, " in program("reshard", "plan", single_folder).out
+    assert program("reshard", "run", single_folder, tmp_path / "out").code == 0
+    assert ": the source shard (" in program("reshard", "restore", tmp_path / "out", "--check").out
+    assert ": 1 shard (" in program("reshard", "restore", tmp_path / "out", tmp_path / "back").out

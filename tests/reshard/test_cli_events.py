@@ -140,7 +140,7 @@ def test_a_full_disk_for_the_events_does_not_stop_the_work(
     with open("/dev/full", "wb") as full:
         process = start(["run", v3_folder, tmp_path / "out", "--json"], stdout=full)
         _, err = process.communicate()
-    assert (process.returncode, err) == (15, b"reshard: No space left on device\n")
+    assert (process.returncode, err) == (15, b"reshard: stdout: No space left on device\n")
     assert tree(tmp_path / "out") == tree(v3_resharded)
 
 

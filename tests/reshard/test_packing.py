@@ -428,4 +428,5 @@ def test_inspection_shows_both_sizes(v2_packed: Path, v2_resharded: Path, progra
     assert checked.out.endswith("; 4 of them are packed, only their sizes were looked at\n")
     assert program("manifests", "check", v2_resharded).out.endswith("sizes and headers are right\n")
     same = program("manifests", "diff", v2_packed, v2_resharded)
-    assert (same.code, same.out, same.err) == (0, "", "")
+    tensors = len(program("manifests", "ls", v2_resharded, "--json").json)
+    assert (same.code, same.out, same.err) == (0, "", f"equal: {tensors} tensors\n")

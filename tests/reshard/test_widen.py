@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -227,7 +228,7 @@ def test_another_model_with_the_same_headers_is_refused(
     for selection in (None, Selection(layers=(2,)), Selection(layers=(1,))):
         with pytest.raises(
             ToolkitError,
-            match=r"holds another model than .*v3: tensor 'model\.layers\.1\.input_layernorm\.weight' differs",
+            match=rf"holds another model than .*v3: {location.file} differs in tensor '{location.name}'; choose",
         ):
             reshard_folder(v3_copy, out, selection)
     assert tree(out) == before
@@ -254,7 +255,9 @@ def renamed(folder: Path) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another header of the same size": (renamed, "holds another checkpoint than .*v2"),
+    "another header of the same size": (
+        renamed, r"holds another checkpoint than .*v2: model-00001-of-\d+\.safetensors is another file; choose",
+    ),
     "another config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "deepseek_v2", "num_hidden_layers": 2}'),
         "config.json: differs from what .*out was made with",
@@ -270,16 +273,29 @@ def change_index(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
+@pytest.mark.parametrize("first", [FIRST, Selection()], ids=["part", "complete"])
 @pytest.mark.parametrize(("make", "says"), OTHERS.values(), ids=OTHERS.keys())
 def test_another_source_is_refused(
-    make: Callable[[Path], Any], says: str, v2_copy: Path, tmp_path: Path, reshard_folder: Reshard, tree: Tree
+    make: Callable[[Path], Any],
+    says: str,
+    first: Selection,
+    v2_copy: Path,
+    tmp_path: Path,
+    reshard_folder: Reshard,
+    tree: Tree,
+    program: Callable[..., Any],
 ) -> None:
-    out = reshard_folder(v2_copy, tmp_path / "out", FIRST)
+    """Also when nothing is left to do: what is there would be taken for a copy of what is here."""
+    out = reshard_folder(v2_copy, tmp_path / "out", first)
     before = tree(out)
     make(v2_copy)
     with pytest.raises(ToolkitError, match=says):
         reshard_folder(v2_copy, out)
     assert tree(out) == before
+    for command in (("run", v2_copy, out), ("run", v2_copy, out, "--dry-run"), ("plan", v2_copy, out)):
+        result = program("reshard", *command)
+        assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+        assert re.search(says, result.err)
 
 
 def test_quite_another_source_is_refused(

@@ -7,6 +7,7 @@ import pty
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,3 +166,39 @@ def test_on_a_terminal_mistakes_and_ctrl_c_do_not_end_the_chat(tiny: Path, spawn
         os.close(ours)
     assert "/help lists commands" in said
     assert "runner: the prompt has" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["sigterm", "sighup"])
+@pytest.mark.parametrize("when", ["at the prompt", "in the answer"])
+@pytest.mark.parametrize("is_edited", [True, False], ids=["edited", "plain"])
+def test_a_stop_ends_a_chat_on_a_terminal(number: int, when: str, is_edited: bool, tiny: Path, spawn: Spawn) -> None:
+    """Only Ctrl-C is meant for the answer alone."""
+    ours, theirs = pty.openpty()
+    streams = {"stdout": theirs} if is_edited else {"stdout": subprocess.PIPE}
+    process = spawn("chat", "-m", tiny, "-n", "500", stdin=theirs, **streams)
+    os.close(theirs)
+    assert process.stderr is not None
+    deadline = threading.Timer(60, process.kill)  # nothing here may wait for ever
+    deadline.start()
+    try:
+        with process.stderr as errors:
+            while not errors.readline().endswith(b"/help lists commands\n"):
+                assert process.poll() is None
+            if is_edited:
+                seen = b""
+                while b"> " not in seen:
+                    seen += os.read(ours, 1000)
+            else:
+                assert errors.read(2) == b"> "
+            if when == "in the answer":
+                os.write(ours, b"hello\n")
+            time.sleep(0.1)  # until it waits, or writes
+            process.send_signal(number)
+            assert process.wait(timeout=10) == 130
+            assert errors.read().endswith(b"\nrunner: interrupted\n")
+    finally:
+        deadline.cancel()
+        process.kill()
+        os.close(ours)
+        if process.stdout is not None:
+            process.stdout.close()

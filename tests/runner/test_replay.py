@@ -202,6 +202,8 @@ def test_the_table(trace_file: Path, call: Call) -> None:
     assert lines[0] == "decode, hit rate over 8 passes"
     assert " ".join(lines[1].split()) == "experts in memory lru lfu lrfu 2 lrfu 4 lrfu 8 lrfu 16 lrfu 64 optimum"
     assert lines[2].split() == ["32", "(100.0%)", *["78.1%"] * 8]
+    more = call("replay", trace_file, "--experts-in-memory", "100000", "-q").stdout.splitlines()
+    assert more[2].split()[:2] == ["100,000", "(all)"]
     assert lines[3] == "prefill, hit rate over 1 pass"
     assert lines[5].split()[2:] == ["0.0%"] * 8
     assert len({len(line) for line in (*lines[1:3], *lines[4:6])}) == 1

@@ -173,6 +173,14 @@ def test_what_is_no_strict_json_is_refused(tmp_path: Path, raw: bytes) -> None:
         load(tmp_path / "trace.json")
 
 
+def test_a_file_that_was_cut_is_to_be_made_again(recorder: TraceRecorder, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    save(recorder.trace(), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ManifestError, match=r"trace\.json: .*; make it again with `runner trace`"):
+        load(path)
+
+
 def test_a_file_beyond_all_sizes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(TRACE, tmp_path / "trace.json")
     monkeypatch.setattr(traces, "MAX_TRACE_BYTES", 100)
@@ -242,7 +250,7 @@ def test_a_full_context_ends_a_trace(tiny_checkpoint: Path, tmp_path: Path, docu
         (["-p", "a", "-f", "b", "--out", "x"], 2, "either -p TEXT or -f FILE"),
         (["-p", "a"], 2, "--out"),
         (["-p", "a", "--out", "no/such/x"], 10, "no such folder"),
-        (["-p", "a", "--out", "."], 1, "is a folder"),
+        (["-p", "a", "--out", "."], 2, "is a folder"),
         (["-f", "none.txt", "--out", "x"], 10, "no such file"),
     ],
 )

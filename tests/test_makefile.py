@@ -1,0 +1,36 @@
+"""The Makefile's own rules, apart from what its programs do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a folder with nothing but the Makefile and what a test puts there."""
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_clean_leaves_no_compiled_library(tmp_path: Path) -> None:
+    (tmp_path / "runner").mkdir()
+    for name in ("_native.cpython-311-x86_64-linux-gnu.so", "native.py"):
+        (tmp_path / "runner" / name).touch()
+    assert make(tmp_path, "clean").returncode == 0
+    assert [path.name for path in (tmp_path / "runner").iterdir()] == ["native.py"]
+
+
+def test_an_empty_model_is_not_the_embedded_one(tmp_path: Path) -> None:
+    for empty in ("MODEL=", "MODEL= "):
+        done = make(tmp_path, "-n", "run-inference", empty)
+        assert done.returncode == 2
+        assert "MODEL is empty: give the folder of a checkpoint, or leave MODEL out" in done.stderr
+    for given in ([], ["MODEL=x"]):
+        assert "is empty" not in make(tmp_path, "-n", "run-inference", *given).stderr
