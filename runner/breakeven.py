@@ -54,10 +54,8 @@ class Machine:
     hits: float
 
     def seconds(self, fixed: float, routed: float) -> float:
-        """Experts that are there are computed while others arrive; when none has to, they count themselves."""
-        if self.hits >= 1:
-            return (fixed + routed) / self.memory / 1e9
-        return fixed / self.memory / 1e9 + (1 - self.hits) * routed / self.disk / 1e9
+        """Experts that are there are computed while others arrive, so the longer of the two counts."""
+        return (fixed / self.memory + max((1 - self.hits) * routed / self.disk, routed / self.memory)) / 1e9
 
 
 Distinct = Callable[[float], float]

@@ -16,14 +16,14 @@ import random
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from report import finish, say
 
 from manifests.console import parse_size
 from runner import floors
-from runner.breakeven import Machine, pass_s, speedup, step_s
+from runner.breakeven import Costs, Machine, pass_s, step_s
 from runner.cache import LatentCache
 from runner.drafter import Drafter
 from runner.loaded import LoadedModel, mtp_costs, routed_experts
@@ -31,6 +31,16 @@ from runner.sampling import SamplingParams, sample
 
 ACCEPTANCES = (0.0, 0.6, 0.8, 0.9, 1.0)
 GREEDY = SamplingParams()
+
+
+class Round(NamedTuple):
+    """One comparison: seconds of a plain step, how many times as fast, tokens of a pass, bytes read by each."""
+
+    step_s: float
+    speedup: float
+    tokens: float
+    step_read: float
+    pass_read: float
 
 
 class Runs:
@@ -45,6 +55,10 @@ class Runs:
         self.ids = chance.choices(range(loaded.model.config.vocab_size), k=tokens + 20)
         self.seen: list[int] = []
         loaded.model.observer = lambda _layer, ids: self.seen.append(len(ids.unique()))
+
+    def read(self) -> int:
+        """Bytes read from the disk so far."""
+        return self.loaded.weights.read_bytes
 
     def plain(self) -> float:
         """Seconds of a token, one at a time."""
@@ -92,6 +106,15 @@ class Runs:
         return cache
 
 
+def predict(costs: Costs, memory: float, disk: float, found: Round) -> float:
+    """Steps that a pass should take: by counting all bytes, or by those that were read, where experts were missed."""
+    if not found.step_read > costs.expert:
+        machine = Machine(memory=memory, disk=disk, hits=1.0)
+        return pass_s(costs, machine, guesses=1, tokens=found.tokens) / step_s(costs, machine)
+    fixed = costs.fixed + costs.mtp_fixed + costs.head
+    return (fixed / memory + found.pass_read / disk) / (costs.fixed / memory + found.step_read / disk)
+
+
 def main() -> int:
     """Measure one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,32 +132,37 @@ def main() -> int:
     runs.guessed(1.0, 0)
     disk = floors.disk_read_gbps(loaded.contents, experts) or 1.0
     result: dict[str, Any] = {"budget": loaded.budget.to_document(), "disk_read_gbps": disk, "ways": []}
-    times: dict[float, list[tuple[float, float, float, float]]] = {acceptance: [] for acceptance in ACCEPTANCES}
+    times: dict[float, list[Round]] = {acceptance: [] for acceptance in ACCEPTANCES}
     costs = mtp_costs(loaded.contents, config, loaded.mtp)
     for number in range(options.rounds):
         for acceptance in ACCEPTANCES:
-            before = runs.loaded.weights.usage
+            before = runs.read()
             plain = runs.plain()
-            usage = loaded.weights.usage.since(before)
+            between = runs.read()
             guessed, tokens = runs.guessed(acceptance, number)
+            after = runs.read()
             again = runs.plain()
-            hits = usage.expert_hits / (usage.expert_hits + usage.expert_misses)
-            times[acceptance].append(((plain + again) / 2 / guessed, tokens, hits, (plain + again) / 2))
+            times[acceptance].append(
+                Round(
+                    step_s=(plain + again) / 2,
+                    speedup=(plain + again) / 2 / guessed,
+                    tokens=tokens,
+                    step_read=(between - before) / options.tokens,
+                    pass_read=(after - between) / options.tokens * tokens,
+                )
+            )
     memory = floors.memory_read_gbps(loaded.weights.dense_tensors()) or 1.0
     for acceptance, found in times.items():
-        measured, tokens, hits, plain = (statistics.median(column) for column in zip(*found, strict=True))
-        machine = Machine(memory=memory, disk=disk, hits=1.0 if hits > 0.999 else hits)
-        predicted = speedup(costs, machine, acceptance=tokens - 1)
-        # Steps are slower than their floor; what is predicted is a ratio.
-        ratio = pass_s(costs, machine, guesses=1, tokens=tokens) / step_s(costs, machine)
+        middle = Round(*(statistics.median(column) for column in zip(*found, strict=True)))
+        ratio = predict(costs, memory, disk, middle)
+        predicted = middle.tokens / ratio
         say(
-            f"acceptance {acceptance} forced, {tokens:.2f} tokens a pass: {measured:.3f} times as fast, "
-            f"predicted {predicted:.3f} ({measured / predicted - 1:+.1%}); a pass {tokens / measured:.2f} steps, "
-            f"predicted {ratio:.2f}; a step {plain * 1e3:.0f} ms, {hits:.0%} hits"
+            f"acceptance {acceptance} forced, {middle.tokens:.2f} tokens a pass: {middle.speedup:.3f} times as fast, "
+            f"predicted {predicted:.3f} ({middle.speedup / predicted - 1:+.1%}); a pass "
+            f"{middle.tokens / middle.speedup:.2f} steps, predicted {ratio:.2f}; a step {middle.step_s * 1e3:.0f} ms; "
+            f"read {middle.step_read / 1e6:.0f} MB for a step, {middle.pass_read / 1e6:.0f} for a pass"
         )
-        result["ways"].append(
-            {"forced": acceptance, "tokens_per_pass": tokens, "speedup": measured, "predicted": predicted, "hits": hits}
-        )
+        result["ways"].append({"forced": acceptance, "predicted": predicted, **middle._asdict()})
     result["memory_read_gbps"] = memory
     result["distinct_experts_of_two"] = statistics.fmean(one for one in runs.seen if one > config.num_experts_per_tok)
     finish("speculation with forced acceptance", result)

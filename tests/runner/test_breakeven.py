@@ -25,6 +25,8 @@ V3 = Costs(
 def test_a_step_reads_everything_once() -> None:
     assert step_s(SMALL, MEMORY) == pytest.approx((1000 + 2 * 2 * 100) * 1e-3)
     assert step_s(SMALL, DISK) == pytest.approx(1000e-3 + 0.5 * 400e-2)
+    # So few are missed that they have arrived before the others are computed.
+    assert step_s(SMALL, replace(MEMORY, hits=0.95)) == step_s(SMALL, MEMORY)
 
 
 def test_a_pass_reads_what_all_its_tokens_need() -> None:
