@@ -44,6 +44,16 @@ class Counts:
         """Share that was right at each place; None where nothing was tried."""
         return [right / tried if tried else None for right, tried in zip(self.right, self.tried, strict=True)]
 
+    def tokens(self, guesses: int) -> float | None:
+        """Tokens that a pass with so many guesses gives; None when too little was tried."""
+        given, chance = 1.0, 1.0
+        for rate in self.rates[:guesses]:
+            if rate is None:
+                return None
+            chance *= rate
+            given += chance
+        return given
+
     def add(self, place: int, right: bool) -> None:
         """Count one guess."""
         self.tried[place] += 1

@@ -91,7 +91,11 @@ def speedup(
     costs: Costs, machine: Machine, *, acceptance: float, guesses: int = 1, distinct: Distinct | None = None
 ) -> float:
     """Tokens a second with guesses against those without."""
-    tokens = tokens_per_pass(acceptance, guesses)
+    return gain(costs, machine, tokens=tokens_per_pass(acceptance, guesses), guesses=guesses, distinct=distinct)
+
+
+def gain(costs: Costs, machine: Machine, *, tokens: float, guesses: int, distinct: Distinct | None = None) -> float:
+    """The same, by the tokens that a pass gives."""
     seconds = pass_s(costs, machine, guesses=guesses, tokens=tokens, distinct=distinct)
     return tokens * step_s(costs, machine) / seconds
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from manifests.console import format_bytes, json_option, print_json, printable, quiet_option
+from manifests.errors import ToolkitError
 from runner.cli_options import (
     as_dtype,
     memory_options,
     model_option,
     mtp_input_option,
     note,
+    note_fewer_guesses,
     read_text,
     set_threads,
     threads_option,
@@ -102,7 +104,8 @@ def mtp(
             draft_tokens=draft_tokens,
             mtp_input=mtp_input,
         )
-        document |= _measure(loaded, text, tokens, draft_tokens, mtp_input, as_json=as_json, quiet=quiet)
+        note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
+        document |= _measure(loaded, text, tokens, mtp_input, as_json=as_json, quiet=quiet)
     if as_json:
         print_json(document)
     if parts.fault is not None:
@@ -121,19 +124,23 @@ def _inventory(parts: MtpParts) -> Iterator[str]:
     yield f"can run    {'yes' if parts.fault is None else f'no: {parts.fault}'}"
 
 
-def _measure(
-    loaded: LoadedModel, text: str, tokens: int, places: int, takes: Any, *, as_json: bool, quiet: bool
-) -> dict[str, Any]:
+def _measure(loaded: LoadedModel, text: str, tokens: int, takes: Any, *, as_json: bool, quiet: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
     from runner.acceptance import Counts, Neighbours, beginnings, continued, teacher_forced
 
     assert loaded.mtp_module is not None
     assert loaded.speculation is not None
-    ids = loaded.text.encode(text)
+    places, ids = loaded.draft_tokens, loaded.text.encode(text)
     window = min(len(ids), loaded.ctx - places, loaded.budget.pass_tokens, tokens)
+    if window < 4:
+        raise ToolkitError(
+            "the text, or the model's context, is too short to measure acceptance on; give a longer text"
+        )
     forced, free, neighbours = Counts.zeros(places), Counts.zeros(places), Neighbours(1 + places)
-    parts = beginnings(ids, _PROMPT_TOKENS, max(1, tokens // (2 * _PROMPT_TOKENS)))
+    bos = ids[:1] if loaded.text.add_bos else []
+    prompt = min(_PROMPT_TOKENS, window - len(bos))
+    parts = [[*bos, *part] for part in beginnings(ids[len(bos) :], prompt, max(1, tokens // (2 * _PROMPT_TOKENS)))]
     each = max(1, tokens // len(parts))
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=window + each * len(parts), leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
@@ -203,13 +210,14 @@ def _gains(loaded: LoadedModel, places: int, free: Counts, union: float | None) 
         return costs.top + share * (costs.distinct(rows) - costs.top)
 
     found = []
-    acceptance = free.rates[0] or 0.0
     for hits in (1.0, 0.25):
         machine = breakeven.Machine(memory=memory, disk=disk, hits=hits)
         for guesses in range(1, places + 1):
-            gain = breakeven.speedup(costs, machine, acceptance=acceptance, guesses=guesses, distinct=distinct)
+            tokens, gain = free.tokens(guesses), None
+            if tokens is not None:
+                gain = breakeven.gain(costs, machine, tokens=tokens, guesses=guesses, distinct=distinct)
             document = breakeven.to_document(costs, machine, guesses=guesses, distinct=distinct)
-            found.append(document | {"acceptance": acceptance, "speedup": gain})
+            found.append(document | {"tokens_per_pass": tokens, "speedup": gain})
     return found
 
 
@@ -217,5 +225,7 @@ def _gain(found: dict[str, Any]) -> str:
     where = "everything in memory" if found["hits"] == 1 else f"{found['hits']:.0%} of the experts in memory"
     least = found["break_even_acceptance"]
     pays = "never pays" if least is None else f"pays above {least:.2f}"
-    at = f"{found['speedup']:.2f} times as fast at {found['acceptance']:.2f}"
-    return f"pays       {where}, {found['guesses']} at a time: {pays}; {at}"
+    at = ""
+    if found["speedup"] is not None:
+        at = f"; {found['speedup']:.2f} times as fast with {found['tokens_per_pass']:.2f} tokens a pass"
+    return f"pays       {where}, {found['guesses']} at a time: {pays}{at}"

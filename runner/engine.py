@@ -66,8 +66,11 @@ class Engine:
     def _generate(
         self, timeline: list[int], end: int, sampling: SamplingParams, eos_ids: frozenset[int]
     ) -> Iterator[int]:
+        begin = len(timeline)
         while len(timeline) < end:
-            for chosen in self._next(timeline, end - len(timeline), sampling):
+            # The first pass is the prompt's alone, so that what is counted for it is no guess.
+            most = end - len(timeline) if len(timeline) > begin else 1
+            for chosen in self._next(timeline, most, sampling):
                 if chosen in eos_ids:
                     return
                 timeline.append(chosen)

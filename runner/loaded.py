@@ -126,6 +126,7 @@ class LoadedModel:
         budget: What the memory is for.
         contents: What the checkpoint has.
         io: As given.
+        draft_tokens: As given, or what bfloat16 allows.
         mtp: What it has of the MTP layer.
         mtp_module: That layer; None when speculation is off.
         speculation: Guesses tokens; None when that is off.
@@ -176,8 +177,8 @@ class LoadedModel:
             self.weights.pin(self._most_used(trace.load(Path(pin)), config))
         self.model = Model(config, self.weights, dtype=dtype)
         self.mtp_module = self.speculation = None
+        self.draft_tokens = draft_tokens = draft_tokens if dtype == torch.float32 else 1
         if has_mtp:
-            draft_tokens = draft_tokens if dtype == torch.float32 else 1
             embedding, head = (copy.used.removesuffix(".weight") for copy in self.mtp.copies)
             self.mtp_module = MtpModule(config, self.weights, embedding=embedding, head=head, dtype=dtype)
             self.speculation = Speculation(

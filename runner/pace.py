@@ -146,7 +146,10 @@ class Pace:
         """One line for people: what was found, and what came of it."""
         if not self._all_passes:
             return "no guesses were made: the text is too short to try"
-        found = f"{self._all_passes} passes with guesses, {self.acceptance:.0%} of them right"
+        passes = f"{self._all_passes:,} pass{'es' if self._all_passes > 1 else ''}"
+        found = f"{passes} with guesses, {self.acceptance:.0%} of them right"
+        if self._steps and not self._passes:
+            return f"{found}; left off: it cost too much to try again"
         if not (self._steps and self._passes):
             return found
         speedup = self._speedup(0.0)

@@ -120,6 +120,38 @@ def test_a_text(tmp_path: Path, call: Call) -> None:
     assert card == ["layer", "copy", "copy", "can", "guess", "1", "2", "pays", "pays", "pays", "pays"]
 
 
+def test_rounded_activations(tmp_path: Path, call: Call) -> None:
+    """They take one guess at a time."""
+    file = tmp_path / "text.py"
+    file.write_text(TEXT * 3)
+    result = call("mtp", "-f", str(file), "-n", "32", "--dtype", "bfloat16", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["free_running"]["acceptance"]) == 1
+    assert "--draft-tokens does nothing" in result.stderr
+
+
+def test_a_text_that_is_too_short(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "empty.py").write_text("")
+    result = call("mtp", "-f", str(tmp_path / "empty.py"))
+    assert result.exit_code == 1
+    assert "too short to measure acceptance on" in result.stderr
+
+
+def test_tokens_of_a_pass_by_place() -> None:
+    assert Counts([10, 5, 0], [5, 4, 0]).tokens(2) == pytest.approx(1 + 0.5 + 0.4)
+    assert Counts([10, 5, 0], [5, 4, 0]).tokens(3) is None
+
+
+def test_parts_of_a_text_begin_as_texts_do(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[int]] = []
+    monkeypatch.setattr(acceptance, "continued", lambda _engine, _pace, ids, **_how: begun.append(list(ids)))
+    (tmp_path / "text.py").write_text(Path(acceptance.__file__).read_text())
+    call("mtp", "-f", str(tmp_path / "text.py"), "-n", "512", "-q")
+    assert len(begun) == 4
+    assert {ids[0] for ids in begun} == {begun[0][0]}
+    assert len({tuple(ids[1:4]) for ids in begun}) > 1
+
+
 def test_a_model_without_the_layer(tiny_checkpoint: Path, call: Call) -> None:
     result = call("mtp", "-m", str(tiny_checkpoint))
     assert result.exit_code == 14

@@ -164,7 +164,7 @@ def test_guessing_may_begin_and_pause_anywhere(model: CountingModel, pattern: Ca
 
 def test_the_pace_is_told_what_every_pass_took_and_gave(model: CountingModel) -> None:
     expected = plain(model, 9)
-    pace = Turns(lambda turn: turn > 2)
+    pace = Turns(lambda turn: turn > 1)
     clock, read = iter(range(100)), iter(range(0, 10_000, 100))
     speculation = Speculation(
         Knowing(prompt() + expected, lambda position: position == PROMPT + 6),
@@ -301,7 +301,7 @@ def test_otherwise_the_end_of_a_prompt_waits_for_the_first_guess(
     model: CountingModel, drafter: Drafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.speculative.KEPT_POSITIONS", 10)
-    pace = Turns(lambda turn: turn > 3)
+    pace = Turns(lambda turn: turn > 2)
     engine = speculative(model, drafter, 1, pace, pass_tokens=8)
     tokens = engine.generate(prompt(30), max_tokens=8, sampling=GREEDY, eos_ids=())
     found = [next(tokens) for _ in range(3)]
@@ -311,3 +311,14 @@ def test_otherwise_the_end_of_a_prompt_waits_for_the_first_guess(
     found += [next_one, *tokens]
     assert found == plain(model, 8, ids=prompt(30))
     assert [told["is_usual"] for told in pace.told[:5]] == [False, True, True, False, True]
+
+
+def test_the_first_pass_of_a_text_has_no_guesses(model: CountingModel) -> None:
+    """It counts for the prompt, also where the cache holds all of that but the last token."""
+    expected = plain(model, 12)
+    engine = speculative(model, Knowing(prompt() + expected), 3)
+    assert generate(engine, 5) == expected[:5]
+    model.passes.clear()
+    more = engine.generate(prompt() + expected[:5], max_tokens=7, sampling=GREEDY, eos_ids=())
+    assert list(more) == expected[5:]
+    assert model.passes[0] == 1
