@@ -11,7 +11,9 @@ import click
 from manifests.console import format_bytes, json_option, print_json, printable, quiet_option
 from manifests.errors import ToolkitError
 from runner.cli_options import (
+    FileName,
     as_dtype,
+    hides_bar,
     memory_options,
     model_option,
     mtp_input_option,
@@ -32,7 +34,7 @@ _PROMPT_TOKENS = 64
 
 @click.command()
 @model_option
-@click.option("-f", "--file", metavar="FILE", help="A text to measure acceptance on; - is stdin.")
+@click.option("-f", "--file", type=FileName(), metavar="FILE", help="A text to measure acceptance on; - is stdin.")
 @click.option(
     "-n",
     "--tokens",
@@ -142,8 +144,7 @@ def _measure(loaded: LoadedModel, text: str, tokens: int, takes: Any, *, as_json
     prompt = min(_PROMPT_TOKENS, window - len(bos))
     parts = [[*bos, *part] for part in beginnings(ids[len(bos) :], prompt, max(1, tokens // (2 * _PROMPT_TOKENS)))]
     each = max(1, tokens // len(parts))
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=window + each * len(parts), leave=False, disable=True if quiet else None, file=sys.stderr) as bar:
+    with tqdm(total=window + each * len(parts), leave=False, disable=hides_bar(quiet=quiet), file=sys.stderr) as bar:
         loaded.model.observer = neighbours.observe
         for place, guess, chosen in teacher_forced(loaded.model, loaded.mtp_module, ids[:window], places, takes=takes):
             forced.add(place, guess == chosen)

@@ -286,6 +286,22 @@ def tiny_weights(reference: SimpleNamespace) -> Callable[[str], dict[str, torch.
     return weights
 
 
+@pytest.fixture(scope="session")
+def tiny_mtp_weights(
+    reference: SimpleNamespace, tiny_weights: Callable[[str], dict[str, torch.Tensor]]
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """The same with an MTP layer behind them."""
+
+    @functools.cache
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = reference.tiny.make_mtp_weights(
+            reference.tiny.CONFIGS[name], reference.fp8.quantize
+        )
+        return tiny_weights(name) | made
+
+    return weights
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny products gain nothing from threads."""

@@ -53,11 +53,9 @@ class Parts:
 def parts(
     reference: SimpleNamespace,
     tiny_configs: dict[str, dict[str, Any]],
-    tiny_weights: Callable[[str], dict[str, Tensor]],
+    tiny_mtp_weights: Callable[[str], dict[str, Tensor]],
 ) -> Parts:
-    raw = tiny_configs["kimi"]
-    weights = tiny_weights("kimi") | reference.tiny.make_mtp_weights(raw, reference.fp8.quantize)
-    return Parts(ModelConfig.from_dict(raw), reference.tiny.DictStore(weights))
+    return Parts(ModelConfig.from_dict(tiny_configs["kimi"]), reference.tiny.DictStore(tiny_mtp_weights("kimi")))
 
 
 def text(count: int, seed: int = 1) -> list[int]:

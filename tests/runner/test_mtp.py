@@ -27,11 +27,10 @@ def case(
     request: pytest.FixtureRequest,
     reference: SimpleNamespace,
     tiny_configs: dict[str, dict[str, Any]],
-    tiny_weights: Callable[[str], dict[str, Tensor]],
+    tiny_mtp_weights: Callable[[str], dict[str, Tensor]],
 ) -> SimpleNamespace:
     """A model with an MTP layer, 25 tokens, and the main model's residual stream of the first 24."""
-    raw = tiny_configs[request.param]
-    weights = tiny_weights(request.param) | reference.tiny.make_mtp_weights(raw, reference.fp8.quantize)
+    raw, weights = tiny_configs[request.param], tiny_mtp_weights(request.param)
     config, store = ModelConfig.from_dict(raw), reference.tiny.DictStore(weights)
     ids = torch.randint(0, raw["vocab_size"], (TOKENS + 1,), generator=torch.Generator().manual_seed(12))
     model = Model(config, store)

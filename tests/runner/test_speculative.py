@@ -259,12 +259,11 @@ def test_logits_of_a_text_do_not_disturb_it(model: CountingModel) -> None:
 def drafter(
     reference: SimpleNamespace,
     tiny_configs: dict[str, dict[str, Any]],
-    tiny_weights: Callable[[str], dict[str, Tensor]],
+    tiny_mtp_weights: Callable[[str], dict[str, Tensor]],
 ) -> Drafter:
     """A real one, over a random MTP layer."""
-    raw = tiny_configs["kimi"]
-    weights = tiny_weights("kimi") | reference.tiny.make_mtp_weights(raw, reference.fp8.quantize)
-    return Drafter(MtpModule(ModelConfig.from_dict(raw), reference.tiny.DictStore(weights)), CTX)
+    config = ModelConfig.from_dict(tiny_configs["kimi"])
+    return Drafter(MtpModule(config, reference.tiny.DictStore(tiny_mtp_weights("kimi"))), CTX)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "sampled"])
