@@ -85,8 +85,8 @@ class Speculation:
 
     def propose(self, ids: Sequence[int], most: int, sampling: SamplingParams) -> list[int]:
         """Guess what follows a text, if it is time to; see `Drafter.propose`."""
-        count = min(self._tokens, most)
-        if count < 1 or not self.pace.wants_guesses():
+        count = min(most, self._tokens, self.pace.planned)
+        if count < 1:
             return []
         self._caught_up = self._drafter.waiting > 1 + self._tokens
         if self._drafter.waiting > KEPT_POSITIONS and not self.pace.is_always:

@@ -78,11 +78,12 @@ class Turns:
         self.is_always = is_always
         self.told: list[dict[str, Any]] = []
         self._pattern = pattern
-        self._asked = 0
+        self._asked = -1  # a prompt has no guesses, so it is turn 0
 
-    def wants_guesses(self) -> bool:
+    @property
+    def planned(self) -> int:
         self._asked += 1
-        return self._pattern(self._asked)
+        return 99 if self._pattern(self._asked) else 0
 
     def record(self, seconds: float, **told: Any) -> None:
         self.told.append(told | {"seconds": seconds})
