@@ -22,7 +22,8 @@ from manifests.console import counted, format_bytes, format_rate, format_seconds
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner import floors, kernels, machine
 from runner.cache import LatentCache
-from runner.loaded import LoadedModel, routed_experts
+from runner.loaded import LoadedModel
+from runner.sizes import routed_experts
 from runner.telemetry import Usage
 
 MAX_IDS_BYTES = 64 << 20

@@ -196,7 +196,7 @@ def _gains(loaded: LoadedModel, places: int, free: Counts, union: float | None) 
         union: Experts that a token and so many behind it chose together.
     """
     from runner import breakeven, floors
-    from runner.loaded import mtp_costs, routed_experts
+    from runner.sizes import mtp_costs, routed_experts
 
     config = loaded.model.config
     costs = mtp_costs(loaded.contents, config, loaded.mtp)

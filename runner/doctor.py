@@ -256,8 +256,9 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast
     """Measure this machine on the checkpoint's own files, and foretell."""
     from runner import floors, kernels
     from runner.contents import Contents, pass_order
-    from runner.loaded import default_io, measure, plan_memory, routed_experts
+    from runner.loaded import default_io
     from runner.reading import Direct, Mapped
+    from runner.sizes import measure, plan_memory, routed_experts
 
     contents = Contents(checkpoint)
     sizes = measure(contents, config, default_io())

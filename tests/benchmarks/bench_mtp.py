@@ -26,8 +26,9 @@ from runner import floors
 from runner.breakeven import Costs, Machine, pass_s, step_s
 from runner.cache import LatentCache
 from runner.drafter import Drafter
-from runner.loaded import LoadedModel, mtp_costs, routed_experts
+from runner.loaded import LoadedModel
 from runner.sampling import SamplingParams, sample
+from runner.sizes import mtp_costs, routed_experts
 
 ACCEPTANCES = (0.0, 0.6, 0.8, 0.9, 1.0)
 GREEDY = SamplingParams()

@@ -21,8 +21,8 @@ from runner import demo, kernels
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
 from runner.engine import Engine
-from runner.loaded import routed_experts
 from runner.model import Model
+from runner.sizes import routed_experts
 from runner.weights import WeightStore
 
 pytestmark = pytest.mark.skipif(not kernels.supported(), reason="the kernels were not built: there was no compiler")

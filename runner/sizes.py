@@ -1,0 +1,71 @@
+"""What a checkpoint takes of memory and of a pass: the sizes that budgets and floors are counted with."""
+
+from collections.abc import Sequence
+
+from runner import kernels, machine
+from runner.breakeven import Costs
+from runner.budget import Budget, Sizes, plan_budget
+from runner.config import ModelConfig
+from runner.contents import Contents, mtp_order, pass_order
+from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
+from runner.mtp_parts import MtpParts
+from runner.policy import Key
+from runner.text import tokenizer_bytes
+
+
+def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
+    """Every routed expert of the main model, and of the MTP layer where that runs too."""
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers + has_mtp)
+    return [(layer, expert) for layer in layers for expert in range(config.n_routed_experts)]
+
+
+def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | None = None) -> Sizes:
+    """Sizes of a checkpoint as they count against memory, with the MTP layer where one is given."""
+    experts = routed_experts(config, has_mtp=mtp is not None)
+    groups = pass_order(config.num_hidden_layers)
+    if mtp is not None:
+        groups += mtp_order(mtp.layer, mtp.copies[1].used)
+    layers = sorted({layer for layer, _ in experts})
+    slot = contents.slot_bytes(layers, PAGE_BYTES)
+    if io == "mmap" and contents.is_in_place:
+        slot += 2 * HUGE_PAGE_BYTES  # of its neighbours in the file, at both ends
+    return Sizes(
+        dense=contents.dense_bytes(groups),
+        expert=contents.expert_bytes(layers),
+        slot=slot,
+        experts=len(experts),
+        layers=config.num_hidden_layers + (mtp is not None),
+    )
+
+
+def plan_memory(
+    contents: Contents, config: ModelConfig, sizes: Sizes, *, ram: int | None = None, ctx: int | None = None
+) -> Budget:
+    """Divide this machine's memory; see `plan_budget`."""
+    return plan_budget(
+        config,
+        sizes,
+        ram=ram,
+        ctx=ctx,
+        here=machine.examine(),
+        process=machine.resident_bytes() + tokenizer_bytes(contents.root),  # it is read later
+        is_compiled=kernels.library() is not None,
+    )
+
+
+def mtp_costs(contents: Contents, config: ModelConfig, mtp: MtpParts) -> Costs:
+    """Bytes that steps, passes and guesses read."""
+
+    def needed(groups: Sequence[str]) -> int:
+        return sum(contents.group(group).needed_bytes for group in groups)
+
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+    return Costs(
+        fixed=needed(pass_order(config.num_hidden_layers)),
+        layers=len(layers),
+        experts=config.n_routed_experts,
+        top=config.num_experts_per_tok,
+        expert=contents.expert_bytes(layers),
+        mtp_fixed=mtp.bytes_by_kind["dense"],
+        head=needed(["lm_head"]),
+    )
