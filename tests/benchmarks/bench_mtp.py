@@ -23,25 +23,31 @@ from report import finish, say
 
 from manifests.console import parse_size
 from runner import floors
-from runner.breakeven import Costs, Machine, pass_s, step_s
+from runner.breakeven import Costs
 from runner.cache import LatentCache
 from runner.drafter import Drafter
 from runner.loaded import LoadedModel
 from runner.sampling import SamplingParams, sample
 from runner.sizes import mtp_costs, routed_experts
 
-ACCEPTANCES = (0.0, 0.6, 0.8, 0.9, 1.0)
+ACCEPTANCES = (0.6, 0.8, 0.9)
 GREEDY = SamplingParams()
 
 
 class Round(NamedTuple):
-    """One comparison: seconds of a plain step, how many times as fast, tokens of a pass, bytes read by each."""
+    """One comparison: seconds of a plain step, how many times as fast, tokens of a pass, bytes of experts read by each.
+
+    And what counting bytes predicts, at the rates that memory and disk had beside it.
+    """
 
     step_s: float
     speedup: float
     tokens: float
     step_read: float
     pass_read: float
+    memory_gbps: float
+    disk_gbps: float
+    predicted: float
 
 
 class Runs:
@@ -107,13 +113,16 @@ class Runs:
         return cache
 
 
-def predict(costs: Costs, memory: float, disk: float, found: Round) -> float:
-    """Steps that a pass should take: by counting all bytes, or by those that were read, where experts were missed."""
-    if not found.step_read > costs.expert:
-        machine = Machine(memory=memory, disk=disk, hits=1.0)
-        return pass_s(costs, machine, guesses=1, tokens=found.tokens) / step_s(costs, machine)
+def predict(costs: Costs, memory: float, disk: float, *, tokens: float, step_read: float, pass_read: float) -> float:
+    """Steps that a pass should take: by the bytes that it needs, and by those of experts that were read for it."""
+
+    def seconds(fixed: float, routed: float, read: float) -> float:
+        # Experts that are there are computed while others arrive, so the longer of the two counts.
+        return fixed / memory + max(routed * costs.expert / memory, read / disk)
+
     fixed = costs.fixed + costs.mtp_fixed + costs.head
-    return (fixed / memory + found.pass_read / disk) / (costs.fixed / memory + found.step_read / disk)
+    routed = costs.layers * costs.distinct(2) + costs.distinct(tokens)
+    return seconds(fixed, routed, pass_read) / seconds(costs.fixed, costs.layers * costs.top, step_read)
 
 
 def main() -> int:
@@ -131,40 +140,50 @@ def main() -> int:
     say("to warm up")
     runs.plain()
     runs.guessed(1.0, 0)
-    disk = floors.disk_read_gbps(loaded.contents, experts) or 1.0
-    result: dict[str, Any] = {"budget": loaded.budget.to_document(), "disk_read_gbps": disk, "ways": []}
+    result: dict[str, Any] = {"budget": loaded.budget.to_document(), "ways": []}
     times: dict[float, list[Round]] = {acceptance: [] for acceptance in ACCEPTANCES}
     costs = mtp_costs(loaded.contents, config, loaded.mtp)
+
+    def rates() -> tuple[float, float]:
+        memory = floors.memory_read_gbps(loaded.weights.dense_tensors())
+        return memory or 1.0, floors.disk_read_gbps(loaded.contents, experts) or 1.0
+
     for number in range(options.rounds):
         for acceptance in ACCEPTANCES:
+            memory, disk = rates()
             before = runs.read()
             plain = runs.plain()
             between = runs.read()
             guessed, tokens = runs.guessed(acceptance, number)
             after = runs.read()
-            again = runs.plain()
+            plain = (plain + runs.plain()) / 2
+            memory, disk = (statistics.fmean(pair) for pair in zip((memory, disk), rates(), strict=True))
+            step_read = (between - before) / options.tokens
+            pass_read = (after - between) / options.tokens * tokens
+            taken = predict(costs, memory * 1e9, disk * 1e9, tokens=tokens, step_read=step_read, pass_read=pass_read)
             times[acceptance].append(
                 Round(
-                    step_s=(plain + again) / 2,
-                    speedup=(plain + again) / 2 / guessed,
+                    step_s=plain,
+                    speedup=plain / guessed,
                     tokens=tokens,
-                    step_read=(between - before) / options.tokens,
-                    pass_read=(after - between) / options.tokens * tokens,
+                    step_read=step_read,
+                    pass_read=pass_read,
+                    memory_gbps=memory,
+                    disk_gbps=disk,
+                    predicted=tokens / taken,
                 )
             )
-    memory = floors.memory_read_gbps(loaded.weights.dense_tensors()) or 1.0
     for acceptance, found in times.items():
         middle = Round(*(statistics.median(column) for column in zip(*found, strict=True)))
-        ratio = predict(costs, memory, disk, middle)
-        predicted = middle.tokens / ratio
+        errors = [one.speedup / one.predicted - 1 for one in found]
         say(
             f"acceptance {acceptance} forced, {middle.tokens:.2f} tokens a pass: {middle.speedup:.3f} times as fast, "
-            f"predicted {predicted:.3f} ({middle.speedup / predicted - 1:+.1%}); a pass "
-            f"{middle.tokens / middle.speedup:.2f} steps, predicted {ratio:.2f}; a step {middle.step_s * 1e3:.0f} ms; "
-            f"read {middle.step_read / 1e6:.0f} MB for a step, {middle.pass_read / 1e6:.0f} for a pass"
+            f"predicted {middle.predicted:.3f} ({statistics.median(errors):+.1%}, "
+            f"{min(errors):+.1%} to {max(errors):+.1%}); a step {middle.step_s * 1e3:.0f} ms; "
+            f"read {middle.step_read / 1e6:.0f} MB for a step, {middle.pass_read / 1e6:.0f} for a pass, "
+            f"at {middle.memory_gbps:.1f} and {middle.disk_gbps:.2f} GB/s"
         )
-        result["ways"].append({"forced": acceptance, "predicted": predicted, **middle._asdict()})
-    result["memory_read_gbps"] = memory
+        result["ways"].append({"forced": acceptance, "error": statistics.median(errors), **middle._asdict()})
     result["distinct_experts_of_two"] = statistics.fmean(one for one in runs.seen if one > config.num_experts_per_tok)
     finish("speculation with forced acceptance", result)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from runner import kernels
+from runner import demo, kernels
 
 Call = Callable[..., Result]
 PROMPT = "def read_file(path):"
@@ -80,3 +81,27 @@ def test_products_whose_rows_depend_on_each_other_cannot_check_guesses(
     refused = call("generate", "-p", PROMPT, "-n", "4", "--speculate", "on")
     assert (refused.exit_code, refused.stdout) == (14, "")
     assert "cannot speculate: products are not compiled here" in refused.stderr
+
+
+def test_a_stop_string_ends_it_at_the_same_place(call: Call) -> None:
+    whole = generated(call, "--speculate", "off")["text"]
+    # Three letters from the middle, so that the stop is likely to end within what one pass gave.
+    for at in range(40, 80, 7):
+        stop = whole[at : at + 3]
+        off = generated(call, "--speculate", "off", "--stop", stop)
+        on = generated(call, "--speculate", "on", "--draft-tokens", "3", "--stop", stop)
+        assert (on["text"], on["finish_reason"]) == (off["text"], off["finish_reason"]) == (whole.split(stop)[0], "stop")
+
+
+def test_a_chat_of_several_turns_is_the_same(call: Call, tmp_path: Path) -> None:
+    folder = shutil.copytree(demo.path(), tmp_path / "model")
+    template = "{% for message in messages %}# {{ message['role'] }}\n{{ message['content'] }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    turns = "def load(path):\nimport os\n/reset\nclass Node:\n    def __init__(self):\n"
+    said = {
+        mode: call("chat", "-m", folder, "-n", "24", "-q", "--speculate", *mode.split(), stdin=turns)
+        for mode in ("off", "on", "auto", "on --draft-tokens 4")
+    }
+    assert {result.exit_code for result in said.values()} == {0}
+    assert len(said["off"].stdout) > 100
+    assert {result.stdout for result in said.values()} == {said["off"].stdout}
