@@ -14,6 +14,7 @@ from manifests.console import Group, counted, format_bytes, json_option, print_j
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
 from manifests.names import parse_name
+from manifests.schema import PLAIN
 from manifests.summary import Difference, LayerSummary, Parameters, Summary, diff, summarize
 
 EXIT_DIFFERENT = 1
@@ -31,7 +32,8 @@ def manifests() -> None:
       manifests show DeepSeek-V3-experts
       manifests ls DeepSeek-V3 --layer 3 --expert 17
 
-    PATH is a resharded checkpoint, a plain checkpoint folder, or one .safetensors file.
+    PATH is a resharded checkpoint, a plain checkpoint folder, a folder with one GGUF model, or one .safetensors or
+    .gguf file.
     """
 
 
@@ -68,6 +70,8 @@ def show(path: str, as_json: bool) -> None:
 def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str | None, as_json: bool) -> None:
     """List tensors: dtype, shape, absolute byte range in the file, file, name.
 
+    Of a quantised tensor the block type and the shape of its matrix; in JSON the stored form as well.
+
     \b
     Example:
       manifests ls model-00001-of-000163.safetensors --match '*layernorm*'
@@ -89,6 +93,8 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
                     "name": row.name,
                     "dtype": row.dtype,
                     "shape": list(row.shape),
+                    "encoding": row.encoding,
+                    "logical_shape": list(row.logical_shape),
                     "begin": row.offset,
                     "end": row.offset + row.size,
                     "file": row.file,
@@ -104,8 +110,8 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
         click.echo("note: byte ranges in files that end in .zst are those of the unpacked file", err=True)
     cells = [
         (
-            row.dtype,
-            "x".join(map(str, row.shape)) or "scalar",
+            row.dtype if row.encoding == PLAIN else printable(row.encoding),
+            "x".join(map(str, row.logical_shape)) or "scalar",
             f"{row.offset}-{row.offset + row.size}",
             printable(row.file),
             printable(row.name),

@@ -1,7 +1,7 @@
-"""Any checkpoint as tensors with locations: a resharded folder, a plain folder of shards, one file.
+"""Any checkpoint as tensors with locations: a resharded folder, a plain folder of shards, GGUF files, one file.
 
-A plain checkpoint is described in place: the same `Manifest` type, made from headers. So whoever reads tensors
-needs one kind of description, wherever the bytes lie. Opening reads headers or the manifest, never a tensor.
+A checkpoint that was not resharded is described in place: the same `Manifest` type, made from headers. So whoever reads
+tensors needs one kind of description, wherever the bytes lie. Opening reads headers or the manifest, never a tensor.
 """
 
 import os
@@ -13,6 +13,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from manifests import gguf_files
 from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
@@ -41,6 +42,8 @@ class Location:
         size: Bytes.
         dtype: safetensors tag.
         shape: Stored shape.
+        encoding: ``plain``, or the quantised block type whose bytes the elements are.
+        logical_shape: Shape of the matrix that the bytes encode; the stored shape when plain.
         codec: ``none``, or how the whole file is compressed; the offset then counts in the unpacked file.
         unpacked_size: Bytes of the whole file when unpacked.
     """
@@ -52,6 +55,8 @@ class Location:
     size: int
     dtype: str
     shape: tuple[int, ...]
+    encoding: str = PLAIN
+    logical_shape: tuple[int, ...]
     codec: str
     unpacked_size: int
 
@@ -91,21 +96,29 @@ class TensorView:
 
 
 class Checkpoint:
-    """A checkpoint that was opened: its manifest, its config, and the way to each tensor."""
+    """A checkpoint that was opened: its manifest, its config, and the way to each tensor.
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    Args:
+        root: Its folder.
+        manifest: What it holds.
+        config: Gives its config where that is not the folder's config.json.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, config: Callable[[], Mapping[str, Any]] | None = None) -> None:
         self.root = root
         self.manifest = manifest
+        self._read_config = config or partial(read_config, root)
         self._paths: dict[str, Path] = {}
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """config.json; empty when the checkpoint has none.
+        """config.json, or what a GGUF file says in place of it; empty when the checkpoint has none.
 
         Raises:
-            ManifestError: It is not a JSON object.
+            ManifestError: It is not a JSON object, or the GGUF metadata has values of the wrong type.
+            UnsupportedModelError: The GGUF metadata has what is not known; see `manifests.gguf_config`.
         """
-        return read_config(self.root)
+        return self._read_config()
 
     def tensors(self) -> Iterator[Location]:
         """All tensors in the order of files and offsets."""
@@ -236,6 +249,8 @@ class Checkpoint:
             size=tensor.size,
             dtype=tensor.dtype,
             shape=tensor.shape,
+            encoding=tensor.encoding,
+            logical_shape=tensor.logical_shape,
             codec=file.codec,
             unpacked_size=file.unpacked_size,
         )
@@ -250,7 +265,10 @@ def _unreadable(file: FileEntry, tensor: TensorEntry) -> str | None:
 
 
 def open(path: str | Path) -> Checkpoint:
-    """Open a resharded checkpoint, a plain checkpoint folder, or one ``.safetensors`` file.
+    """Open a resharded checkpoint, a plain checkpoint folder, a GGUF model, or one ``.safetensors`` or ``.gguf`` file.
+
+    A folder with a manifest or with safetensors files is that, whatever GGUF files are beside them. One file of a split
+    GGUF model is described alone, as one shard is.
 
     Raises:
         SourceNotFoundError: Nothing of the kind is there, or a shard is missing.
@@ -259,16 +277,33 @@ def open(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix == gguf_files.SUFFIX:
+            return _open_gguf(path.parent, gguf_files.read_file(path))
         if path.suffix != SUFFIX:
-            raise SourceNotFoundError(f"{path}: not a {SUFFIX} file and not a folder")
+            raise SourceNotFoundError(f"{path}: not a {SUFFIX} or {gguf_files.SUFFIX} file and not a folder")
         return Checkpoint(path.parent, _in_place({path.name: read_header(path)}, ModelFacts()))
     if not path.is_dir():
         raise SourceNotFoundError(f"{path}: no such file or folder")
     if (path / MANIFEST_NAME).exists():
         return Checkpoint(path, load(path))
     check_finished(path)
+    if not _has_safetensors(path) and (names := gguf_files.find_gguf(path)):
+        return _open_gguf(path, gguf_files.read_folder(path, names))
     shards = read_shards(path)
     return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir())
+
+
+def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
+    try:
+        facts = model_facts(model.config() or {"model_type": model.architecture})
+    except (ManifestError, UnsupportedModelError):
+        # Said to whoever asks for the config; what tensors there are can be told without it.
+        facts = model_facts({"model_type": model.architecture})
+    return Checkpoint(root, Manifest(layout="in_place", model=facts, files=model.files), model.config)
 
 
 def check_finished(folder: Path) -> None:

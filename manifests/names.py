@@ -1,6 +1,7 @@
 """The grammar of checkpoint tensor names: a name <-> layer, role, expert, projection, part.
 
-Covers the names of DeepSeek-V2, V2-Lite, V3, R1, V3.2, Kimi-K2 and Moonlight, which share one grammar.
+Covers the names of DeepSeek-V2, V2-Lite, V3, R1, V3.2, Kimi-K2 and Moonlight, which share one grammar, and two that
+only GGUF files need: ``self_attn.k_b_proj`` and ``v_b_proj``, the halves of kv_b_proj; see `manifests.gguf_names`.
 A name outside it is never lost: it gets the role ``unknown``, with its layer when it shows one.
 This file knows names only; which file a tensor goes to is the matter of `manifests.paths`.
 """
@@ -81,7 +82,7 @@ _LAYER_PATTERNS = [
         (rf"mlp\.experts\.(?P<expert>{_NUMBER})\.{_MLP}\.{_PART}", Role.ROUTED_EXPERT),
         (
             r"self_attn\.(?P<projection>q_proj|q_a_proj|q_a_layernorm|q_b_proj|kv_a_proj_with_mqa|kv_a_layernorm"
-            rf"|kv_b_proj|o_proj|indexer\.(?:wq_b|wk|k_norm|weights_proj))\.{_PART}",
+            rf"|kv_b_proj|k_b_proj|v_b_proj|o_proj|indexer\.(?:wq_b|wk|k_norm|weights_proj))\.{_PART}",
             Role.ATTENTION,
         ),
         (r"self_attn\.(?P<projection>rotary_emb)\.(?P<part>inv_freq)", Role.BUFFER),

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from manifests.names import Role, TensorName, parse_name
-from manifests.schema import Manifest, TensorEntry
+from manifests.schema import PLAIN, Manifest, TensorEntry
 
 _COPIES = (Role.MTP_EMBEDDING, Role.MTP_HEAD)
 
@@ -53,7 +53,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What `manifests show` prints.
+    """What `manifests show` prints. Quantised tensors are counted under their block type in place of the dtype.
 
     `file_bytes` are those on disk. Files that are stored compressed are among them, and counted once more: how many
     they are, the bytes they take, and those they unpack to.
@@ -86,8 +86,9 @@ def summarize(manifest: Manifest) -> Summary:
     count_by_dtype: Counter[str] = Counter()
     for name, tensor in entries:
         by_role[name.role] += tensor.size
-        by_dtype[tensor.dtype] += tensor.size
-        count_by_dtype[tensor.dtype] += 1
+        dtype = tensor.dtype if tensor.encoding == PLAIN else tensor.encoding
+        by_dtype[dtype] += tensor.size
+        count_by_dtype[dtype] += 1
     return Summary(
         layout=manifest.layout,
         model_type=manifest.model.model_type,

@@ -95,6 +95,8 @@ def test_ls_json_gives_every_byte(
                 "name": "str",
                 "dtype": "str",
                 "shape": ["int"],
+                "encoding": "str",
+                "logical_shape": ["int"],
                 "begin": "int",
                 "end": "int",
                 "file": "str",

@@ -137,7 +137,7 @@ def test_one_file(single_folder: Path, v3_bytes: dict[str, bytes], tmp_path: Pat
     view = checkpoint.dense(0)["self_attn.o_proj.weight"]
     assert bytes(view.data) == v3_bytes["model.layers.0.self_attn.o_proj.weight"]
     shutil.copy(single_folder / "config.json", tmp_path / "model.bin")
-    with pytest.raises(SourceNotFoundError, match=r"not a \.safetensors file"):
+    with pytest.raises(SourceNotFoundError, match=r"not a \.safetensors or \.gguf file"):
         manifests.open(tmp_path / "model.bin")
     with pytest.raises(SourceNotFoundError, match="no such file or folder"):
         manifests.open(tmp_path / "absent")

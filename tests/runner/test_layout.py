@@ -21,6 +21,7 @@ def location(name: str, file: str, offset: int, size: int) -> Location:
         size=size,
         dtype="F8_E4M3",
         shape=(size,),
+        logical_shape=(size,),
         codec="none",
         unpacked_size=10**9,
     )

@@ -68,7 +68,7 @@ class Folder:
             locations.append(
                 Location(
                     name=name, path=path, file=path.name, offset=at, size=size, dtype="F8_E4M3", shape=(size,),
-                    codec="none", unpacked_size=0,
+                    logical_shape=(size,), codec="none", unpacked_size=0,
                 )
             )  # fmt: skip
             at += size
