@@ -6,21 +6,22 @@ bytes (``U8``) with the block type as their encoding and the shape of the matrix
 This file knows headers; it reads no tensor.
 """
 
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.ggml import BlockType
-from manifests.gguf import GgufHeader, GgufTensor, read_gguf
+from manifests.gguf import GgufHeader, GgufTensor, parse_gguf, read_gguf
 from manifests.gguf_config import ARCHITECTURE_KEY, hugging_face_config
 from manifests.gguf_names import ARCHITECTURE, Stack, to_hugging_face
-from manifests.paths import Kind
+from manifests.header import Gap, Header, HeaderTensor
 from manifests.safety import resolve_inside
-from manifests.schema import PLAIN, FileEntry, TensorEntry
+from manifests.schema import PLAIN
 
 SUFFIX = ".gguf"
 MAX_EXPERTS = 10_000
@@ -36,12 +37,12 @@ class GgufModel:
     """What is known of a model without reading its tensors.
 
     Attributes:
-        files: One entry a file, in the order of the set.
+        shards: Each file as a header under Hugging Face's names, in the order of the set; its gaps were not read.
         architecture: What the metadata calls it; None where it does not, or for one file of a set.
         config: Gives its config.json, which may be refused; see `manifests.gguf_config`. Empty for one file of a set.
     """
 
-    files: tuple[FileEntry, ...]
+    shards: Mapping[str, Header]
     architecture: str | None
     config: Callable[[], Mapping[str, Any]]
 
@@ -116,11 +117,9 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
 def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -> GgufModel:
     metadata = next(iter(headers.values())).metadata
     architecture = metadata.get(ARCHITECTURE_KEY)
-    translate = architecture == ARCHITECTURE
-    files = tuple(_describe_file(name, header, what, translate=translate) for name, header in headers.items())
-    _check_unique(what, files)
+    shards = _translated(headers, what)
     if not is_whole:
-        return GgufModel(files=files, architecture=None, config=dict)
+        return GgufModel(shards=shards, architecture=None, config=dict)
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     config = partial(
         hugging_face_config,
@@ -133,40 +132,42 @@ def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -
         has_router_bias=any(name.endswith(".exp_probs_b.bias") for name in names),
         has_head="output.weight" in names,
     )
-    return GgufModel(files=files, architecture=architecture if isinstance(architecture, str) else None, config=config)
+    return GgufModel(shards=shards, architecture=architecture if isinstance(architecture, str) else None, config=config)
 
 
-def _describe_file(name: str, header: GgufHeader, what: str, *, translate: bool) -> FileEntry:
-    entries = list(_limited(_describe_tensors(header.tensors, what, translate=translate), what))
-    return FileEntry(
-        path=name,
-        kind=Kind.SHARD,
-        size=header.file_bytes,
-        unpacked_size=header.file_bytes,
-        header_size=len(header.raw),
-        header_sha256=None,
-        digest=None,
-        tensors=tuple(entries),
-    )
+def _translated(headers: Mapping[str, GgufHeader], what: str) -> dict[str, Header]:
+    """The files of one model under Hugging Face's names; the first says what the model is."""
+    translate = next(iter(headers.values())).metadata.get(ARCHITECTURE_KEY) == ARCHITECTURE
+    shards = {name: _describe_file(header, what, translate=translate) for name, header in headers.items()}
+    _check_unique(what, shards)
+    return shards
 
 
-def _limited(entries: Iterable[TensorEntry], what: str) -> Iterator[TensorEntry]:
+def _describe_file(header: GgufHeader, what: str, *, translate: bool) -> Header:
+    start = len(header.raw)
+    entries = _limited(_describe_tensors(header.tensors, start, what, translate=translate), what)
+    return Header(raw=header.raw, tensors=tuple(entries), metadata={}, file_bytes=header.file_bytes)
+
+
+def _limited(entries: Iterable[HeaderTensor], what: str) -> Iterator[HeaderTensor]:
     for number, entry in enumerate(entries):
         if number >= MAX_ENTRIES:
             raise ManifestError(f"{what}: has more than {MAX_ENTRIES} tensors with every expert counted; no model has")
         yield entry
 
 
-def _describe_tensors(tensors: Iterable[GgufTensor], what: str, *, translate: bool) -> Iterator[TensorEntry]:
+def _describe_tensors(
+    tensors: Iterable[GgufTensor], start: int, what: str, *, translate: bool
+) -> Iterator[HeaderTensor]:
     for tensor in tensors:
         target = to_hugging_face(tensor.name) if translate else tensor.name
         if isinstance(target, Stack):
-            yield from _describe_stack(target, tensor, what)
+            yield from _describe_stack(target, tensor, start, what)
         else:
-            yield _entry(target, tensor, tensor.shape, tensor.begin, tensor.end - tensor.begin)
+            yield _entry(target, tensor, tensor.shape, tensor.begin - start, tensor.end - tensor.begin)
 
 
-def _describe_stack(stack: Stack, tensor: GgufTensor, what: str) -> Iterator[TensorEntry]:
+def _describe_stack(stack: Stack, tensor: GgufTensor, start: int, what: str) -> Iterator[HeaderTensor]:
     if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS or tensor.shape[1] % len(stack.parts):
         raise ManifestError(
             f"{what}: tensor {tensor.name!r:.200} has shape {list(tensor.shape)}; it must be [experts, "
@@ -175,22 +176,21 @@ def _describe_stack(stack: Stack, tensor: GgufTensor, what: str) -> Iterator[Ten
     experts, rows, columns = tensor.shape
     shape = rows // len(stack.parts), columns
     size = (tensor.end - tensor.begin) // experts // len(stack.parts)
-    begin = tensor.begin
+    begin = tensor.begin - start
     for expert in range(experts):
         for name in stack.names(expert):
             yield _entry(name, tensor, shape, begin, size)
             begin += size
 
 
-def _entry(name: str, tensor: GgufTensor, shape: tuple[int, ...], begin: int, size: int) -> TensorEntry:
+def _entry(name: str, tensor: GgufTensor, shape: tuple[int, ...], begin: int, size: int) -> HeaderTensor:
     dtype, stored, encoding = _storage(tensor.type, shape)
-    return TensorEntry(
+    return HeaderTensor(
         name=name,
         dtype=dtype,
         shape=stored,
-        offset=begin,
-        size=size,
-        digest=None,
+        begin=begin,
+        end=begin + size,
         encoding=encoding,
         logical_shape=shape,
         source_name=tensor.name,
@@ -204,13 +204,64 @@ def _storage(block_type: BlockType, shape: tuple[int, ...]) -> tuple[str, tuple[
     return "U8", (*shape[:-1], shape[-1] // block_type.elements * block_type.size), block_type.name
 
 
-def _check_unique(what: str, files: Collection[FileEntry]) -> None:
+def _check_unique(what: str, shards: Mapping[str, Header]) -> None:
     seen: set[str] = set()
-    for file in files:
-        for tensor in file.tensors:
+    for path, header in shards.items():
+        for tensor in header.tensors:
             if tensor.name in seen:
                 raise ManifestError(
                     f"{what}: two tensors are {tensor.name!r:.200}, one of them as {tensor.source_name!r:.200} in "
-                    f"{file.path}; a name must be there once"
+                    f"{path}; a name must be there once"
                 )
             seen.add(tensor.name)
+
+
+def with_gaps(path: Path, header: Header) -> Header:
+    """The same header with the bytes between its tensors, which are read for it.
+
+    Raises:
+        ManifestError: The file became shorter.
+    """
+    with path.open("rb", buffering=0) as file:
+
+        def read(begin: int, size: int) -> bytes:
+            content = os.pread(file.fileno(), size, len(header.raw) + begin)
+            if len(content) < size:
+                raise ManifestError(f"{path}: became shorter while it was read; download it again")
+            return content
+
+        return replace(header, gaps=tuple(Gap(begin=begin, content=read(begin, size)) for begin, size in _gaps(header)))
+
+
+def parse_saved(saved: Mapping[str, tuple[bytes, int]]) -> dict[str, Header]:
+    """The files of one model again, of `Header.rest` and the size of each, by name in the order of the set.
+
+    Raises:
+        ManifestError: It is not what a file's rest can be.
+    """
+    parsed = {}
+    for name, (rest, file_bytes) in saved.items():
+        parsed[name] = parse_gguf(rest, file_bytes=file_bytes, what=f"saved header of {name}")
+    shards = _translated(parsed, "the saved headers")
+    return {name: _with_rest(name, header, saved[name][0]) for name, header in shards.items()}
+
+
+def _with_rest(name: str, header: Header, rest: bytes) -> Header:
+    gaps, position = [], len(header.raw)
+    for begin, size in _gaps(header):
+        gaps.append(Gap(begin=begin, content=rest[position : position + size]))
+        position += size
+    if position != len(rest):
+        raise ManifestError(f"saved header of {name}: has {len(rest)} bytes, its file has {position} beside tensors")
+    return replace(header, gaps=tuple(gaps))
+
+
+def _gaps(header: Header) -> Iterator[tuple[int, int]]:
+    """Begin and size of what is no tensor behind the header."""
+    position = 0
+    for tensor in header.tensors:
+        if tensor.begin > position:
+            yield position, tensor.begin - position
+        position = tensor.end
+    if (end := header.file_bytes - len(header.raw)) > position:
+        yield position, end - position

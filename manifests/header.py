@@ -6,6 +6,8 @@ A file is: 8 bytes little-endian length n, n bytes of JSON, then the payload. Th
 Source: the safetensors format description; the same conditions as the library's ``Metadata::validate``.
 
 This file knows one file at a time; it knows nothing of checkpoints, layers or experts.
+
+A file of another format takes the same form: `manifests.gguf_files` describes GGUF files so.
 """
 
 import json
@@ -21,6 +23,7 @@ from typing import Any
 from manifests.dtypes import BITS
 from manifests.errors import ManifestError, SourceNotFoundError
 from manifests.jsontext import parse_json
+from manifests.schema import PLAIN
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -36,13 +39,30 @@ MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderTensor:
-    """One entry of a header; begin and end are byte offsets from the start of the payload."""
+    """One entry of a header; begin and end are byte offsets from the start of the payload.
+
+    Attributes:
+        encoding: ``plain``, or the quantised block type whose bytes the elements are.
+        logical_shape: Shape of the matrix that the bytes encode; None when it is the stored one.
+        source_name: Name in the file, where that has another grammar; else None.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    encoding: str = PLAIN
+    logical_shape: tuple[int, ...] | None = None
+    source_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Bytes between tensors, or behind the last: padding. begin counts from the start of the payload."""
+
+    begin: int
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +74,19 @@ class Header:
         tensors: Entries in the order of their offsets.
         metadata: The ``__metadata__`` map.
         file_bytes: Size of the whole file.
+        gaps: What is no tensor behind `raw`, in order; a safetensors file has none.
     """
 
     raw: bytes
     tensors: tuple[HeaderTensor, ...]
     metadata: Mapping[str, str]
     file_bytes: int
+    gaps: tuple[Gap, ...] = ()
+
+    @property
+    def rest(self) -> bytes:
+        """Every byte of the file that is no tensor's."""
+        return b"".join([self.raw, *(gap.content for gap in self.gaps)])
 
 
 def read_header(path: Path) -> Header:

@@ -303,7 +303,7 @@ def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
     except (ManifestError, UnsupportedModelError):
         # Said to whoever asks for the config; what tensors there are can be told without it.
         facts = model_facts({"model_type": model.architecture})
-    return Checkpoint(root, Manifest(layout="in_place", model=facts, files=model.files), model.config)
+    return Checkpoint(root, _in_place(model.shards, facts), model.config)
 
 
 def check_finished(folder: Path) -> None:
@@ -425,8 +425,9 @@ def _describe_shard(name: str, header: Header) -> FileEntry:
                 offset=start + tensor.begin,
                 size=tensor.end - tensor.begin,
                 digest=None,
-                logical_shape=tensor.shape,
-                source_name=tensor.name,
+                encoding=tensor.encoding,
+                logical_shape=tensor.logical_shape or tensor.shape,
+                source_name=tensor.source_name or tensor.name,
             )
             for tensor in header.tensors
         ),

@@ -15,9 +15,9 @@ FORMAT_NAME = "expert-reshard-manifest"
 FORMAT_VERSION = 1
 
 LAYOUTS = ("resharded", "in_place")
-ROLES = ("auxiliary", "index", "source_header", "source_index")
+ROLES = ("auxiliary", "generated", "index", "source_header", "source_index")
 CODECS = ("none", "zstd")
-SOURCE_KINDS = ("safetensors",)
+SOURCE_KINDS = ("safetensors", "gguf")
 PLAIN = "plain"
 
 

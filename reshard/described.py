@@ -27,8 +27,9 @@ def file_entry(file: PlannedFile, chunks_of: Callable[[PlannedTensor], tuple[str
                 size=tensor.size,
                 digest=tensor_digest(chunks),
                 chunks=chunks if len(chunks) > 1 else (),
-                logical_shape=tensor.shape,
-                source_name=tensor.name,
+                encoding=tensor.encoding,
+                logical_shape=tensor.logical_shape,
+                source_name=tensor.source_name,
             )
         )
     return FileEntry(

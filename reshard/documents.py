@@ -31,7 +31,7 @@ def write_kept(source: SourceCheckpoint, destination: Path) -> list[Document]:
         _copy_auxiliary(destination, resolve_inside(source.root, file.path), file.path) for file in source.auxiliary
     ]
     for shard, path in header_paths(source.shards).items():
-        documents.append(_write_packed(destination, path, "source_header", shard, source.shards[shard].raw))
+        documents.append(_write_packed(destination, path, "source_header", shard, source.shards[shard].rest))
     if source.index is not None:
         documents.append(_write_packed(destination, INDEX_PATH, "source_index", INDEX_NAME, source.index))
     return documents

@@ -13,7 +13,7 @@ from typing import Any
 
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
-from manifests.header import Header, parse_header
+from manifests.header import Header
 from manifests.inventory import Checkpoint
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import relative_fault, resolve_inside
@@ -26,7 +26,7 @@ from reshard.documents import header_paths
 from reshard.journal import CONSUMES, JournalContents, is_consuming, is_digest, read_journal
 from reshard.plan import Plan, PlannedTensor, SelectionError
 from reshard.progress import Progress
-from reshard.saved import read_saved_headers
+from reshard.saved import parse_saved, read_saved_headers
 from reshard.source import SourceCheckpoint
 from reshard.transfer import Durable, pending_shards
 
@@ -117,8 +117,8 @@ def describe_source(source: SourceCheckpoint) -> list[dict[str, Any]]:
             "name": name,
             "size": header.file_bytes,
             "mtime_ns": os.stat(source.root / name).st_mtime_ns if (source.root / name).exists() else None,
-            "header_size": len(header.raw),
-            "header_sha256": sha256_hex(header.raw),
+            "header_size": len(header.rest),
+            "header_sha256": sha256_hex(header.rest),
         }
         for name, header in source.shards.items()
     ]
@@ -212,7 +212,7 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
     assert earlier.manifest is not None
     known = earlier.manifest.source
     headers = {document.path: document.content_sha256 for document in earlier.manifest.documents}
-    shards = [(name, header.file_bytes, sha256_hex(header.raw)) for name, header in source.shards.items()]
+    shards = [(name, header.file_bytes, sha256_hex(header.rest)) for name, header in source.shards.items()]
     held = [] if known is None else [(shard.name, shard.size, headers[shard.header]) for shard in known.shards]
     if held != shards:
         other = next((now[0] for before, now in zip(held, shards, strict=False) if before != now), None)
@@ -362,23 +362,26 @@ def _freed_headers(source: Path, destination: Path, journal: JournalContents, du
     """Headers of shards that are recorded and no longer there, from where the run kept them."""
     if not is_consuming(journal):
         return {}
-    freed = {}
     shards = {shard["name"]: shard for shard in journal.begin["shards"]}
     paths = header_paths(shards)
-    for name, shard in shards.items():
-        if os.path.lexists(source / name):
-            continue
+    freed = [name for name in shards if not os.path.lexists(source / name)]
+    for name in freed:
         if name not in durable.shards:
             raise SourceNotFoundError(
                 f"{source / name}: is gone, and {destination / JOURNAL_NAME} does not say that it was taken; "
                 "if the journal was damaged, put back a copy of it"
             )
+    if not freed:
+        return {}
+    saved = {}
+    for name, shard in shards.items():
         path = resolve_inside(destination, paths[name])
-        raw = unpack(path.read_bytes(), size=shard["header_size"], what=str(path))
-        if sha256_hex(raw) != shard["header_sha256"]:
+        rest = unpack(path.read_bytes(), size=shard["header_size"], what=str(path))
+        if sha256_hex(rest) != shard["header_sha256"]:
             raise IntegrityError(f"{path}: is not the header of {name} that was saved; it is damaged")
-        freed[name] = parse_header(raw, file_bytes=shard["size"], what=f"saved header of {name}")
-    return freed
+        saved[name] = rest, shard["size"]
+    headers = parse_saved(saved)
+    return {name: headers[name] for name in freed}
 
 
 def _used_up_headers(source: Path, checkpoint: Checkpoint) -> Mapping[str, Header]:

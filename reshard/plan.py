@@ -37,6 +37,9 @@ class PlannedTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    encoding: str
+    logical_shape: tuple[int, ...]
+    source_name: str
     size: int
     shard: str
     source_offset: int
@@ -174,6 +177,9 @@ def _plan_file(number: int, path: str, place: Place, items: list[_Item], shared:
             name=entry.name,
             dtype=shared[entry.dtype],
             shape=shared[entry.shape],
+            encoding=shared[tensor.encoding],
+            logical_shape=shared[tensor.logical_shape or entry.shape],
+            source_name=shared[tensor.source_name or entry.name],
             size=shared[entry.end - entry.begin],
             shard=shard,
             source_offset=payload + tensor.begin,

@@ -230,10 +230,10 @@ class Rebuilder:
 
     def _locate(self, tensor: TensorEntry) -> Location:
         """Where the source has a tensor."""
-        name = tensor.name if self._is_copy else tensor.source_name
+        name = tensor.name
         location = self._source.locate(name)
         if location is None:
-            origin = self._origins.get(tensor.source_name)
+            origin = self._origins.get(name)
             came = f"; it came from {origin}" if origin else ""
             raise SourceNotFoundError(f"{self._source.root}: has no tensor {name!r}{came}")
         if (location.dtype, location.shape, location.size) != (tensor.dtype, tensor.shape, tensor.size):

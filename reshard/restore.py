@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from manifests import inventory
@@ -41,7 +42,7 @@ from reshard.journal import CONSUMES, Journal, JournalContents, is_consuming, re
 from reshard.lock import lock_folder
 from reshard.progress import Progress
 from reshard.saved import read_document, read_saved_headers, require_source
-from reshard.streams import Piece, Ring, Target, pump
+from reshard.streams import Given, Piece, Ring, Target, pump
 from reshard.verify import verify
 from reshard.workers import PoisonLock, StopFlag, run_all
 
@@ -158,11 +159,11 @@ def check(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Rest
     """
     headers = read_saved_headers(checkpoint)
     ring = Ring()
-    names, places = _names_of(checkpoint), _files_of(checkpoint)
+    places = _files_of(checkpoint)
 
     def rebuild(shard: Shard, stop: StopFlag) -> RestoredShard:
         header = headers[shard.name]
-        pieces = _pieces(checkpoint, header, names, None)
+        pieces = _pieces(checkpoint, header, None)
         with _naming_damage(checkpoint, {places[tensor.name] for tensor in header.tensors}):
             return _rebuild(shard, header, pieces, ring, progress, stop)
 
@@ -243,7 +244,6 @@ class _Restore:
             self._free(file.path for file in self._checkpoint.manifest.files if not users[file.path])
         lock = PoisonLock()
         ring = Ring()
-        names = _names_of(self._checkpoint)
 
         def rebuild(shard: Shard, stop: StopFlag) -> None:
             self._progress.at(shard.name)
@@ -254,7 +254,7 @@ class _Restore:
             try:
                 header = self._headers[shard.name]
                 writer.write(header.raw, 0)
-                pieces = _pieces(self._checkpoint, header, names, writer)
+                pieces = _pieces(self._checkpoint, header, writer)
                 with _naming_damage(self._checkpoint, self._files[shard.name]):
                     restored = _rebuild(shard, header, pieces, ring, self._progress, stop)
                 writer.finish()
@@ -341,22 +341,31 @@ class _Restore:
         return sha256_hex((path if path.exists() else root / ASIDE_NAME).read_bytes())
 
 
-def _pieces(checkpoint: Checkpoint, header: Header, names: Mapping[str, str], writer: Writer | None) -> list[Piece]:
-    """A shard's tensors in their original order, from wherever they lie now."""
-    pieces = []
+def _pieces(checkpoint: Checkpoint, header: Header, writer: Writer | None) -> list[Piece | Given]:
+    """All of a shard behind its header: tensors from wherever they lie now, and what is between them."""
+
+    def target(begin: int) -> Target | None:
+        return None if writer is None else Target(open=lambda: writer, offset=len(header.raw) + begin)
+
+    pieces: list[tuple[int, Piece | Given]] = []
     for tensor in header.tensors:
-        place = checkpoint.locate(names[tensor.name])
+        place = checkpoint.locate(tensor.name)
         assert place is not None
-        target = None if writer is None else Target(open=lambda: writer, offset=len(header.raw) + tensor.begin)
-        unpacked_size = None if place.codec == "none" else place.unpacked_size
-        pieces.append(
-            Piece(path=place.path, offset=place.offset, size=place.size, target=target, unpacked_size=unpacked_size)
+        piece = Piece(
+            path=place.path,
+            offset=place.offset,
+            size=place.size,
+            target=target(tensor.begin),
+            unpacked_size=None if place.codec == "none" else place.unpacked_size,
         )
-    return pieces
+        pieces.append((tensor.begin, piece))
+    pieces += [(gap.begin, Given(content=gap.content, target=target(gap.begin))) for gap in header.gaps]
+    # Stable: an empty tensor stays where the header has it.
+    return [piece for _, piece in sorted(pieces, key=itemgetter(0))]
 
 
 def _rebuild(
-    shard: Shard, header: Header, pieces: list[Piece], ring: Ring, progress: Progress, stop: StopFlag
+    shard: Shard, header: Header, pieces: list[Piece | Given], ring: Ring, progress: Progress, stop: StopFlag
 ) -> RestoredShard:
     """Stream one shard, its saved header first, and prove it."""
     hasher = hashlib.sha256(header.raw)
@@ -420,13 +429,8 @@ def _prove_document(checkpoint: Checkpoint, document: Document) -> None:
 
 
 def _files_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """The file that holds each tensor, by the tensor's name in the source."""
-    return {tensor.source_name: file.path for file in checkpoint.manifest.files for tensor in file.tensors}
-
-
-def _names_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Each tensor's name here, by its name in the source."""
-    return {tensor.source_name: tensor.name for file in checkpoint.manifest.files for tensor in file.tensors}
+    """The file that holds each tensor."""
+    return {tensor.name: file.path for file in checkpoint.manifest.files for tensor in file.tensors}
 
 
 def _remove_rest(checkpoint: Checkpoint) -> None:

@@ -74,7 +74,7 @@ class Outcome:
 def needed_bytes(source: SourceCheckpoint, plan: Plan) -> int:
     """Bytes that the destination will take, a little over-estimated. Holes of the source take none."""
     tensors = sum(len(file.tensors) for file in plan.files)
-    headers = sum(len(header.raw) for header in source.shards.values()) + len(source.index or b"")
+    headers = sum(len(header.rest) for header in source.shards.values()) + len(source.index or b"")
     auxiliary = sum(file.size for file in source.auxiliary)
     holes = sum(
         header.file_bytes - data_bytes(source.root / shard)

@@ -5,6 +5,8 @@ from contextlib import suppress
 
 from manifests.digest import sha256_hex
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
+from manifests.gguf import MAGIC
+from manifests.gguf_files import parse_saved as parse_saved_gguf
 from manifests.header import Header, parse_header
 from manifests.inventory import Checkpoint
 from manifests.safety import resolve_inside
@@ -53,11 +55,10 @@ def read_saved_headers(checkpoint: Checkpoint) -> Mapping[str, Header]:
     """
     source = require_source(checkpoint)
     documents = {document.path: document for document in checkpoint.manifest.documents}
-    headers = {}
-    for shard in source.shards:
-        raw = read_document(checkpoint, documents[shard.header])
-        headers[shard.name] = parse_header(raw, file_bytes=shard.size, what=f"saved header of {shard.name}")
-    entries = {tensor.source_name: tensor for file in checkpoint.manifest.files for tensor in file.tensors}
+    headers = parse_saved(
+        {shard.name: (read_document(checkpoint, documents[shard.header]), shard.size) for shard in source.shards}
+    )
+    entries = {tensor.name: tensor for file in checkpoint.manifest.files for tensor in file.tensors}
     absent = []
     for shard_name, header in headers.items():
         for tensor in header.tensors:
@@ -81,11 +82,27 @@ def read_saved_headers(checkpoint: Checkpoint) -> Mapping[str, Header]:
 
 def find_origins(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The shard that each tensor of the source was in, as far as the saved headers are undamaged."""
-    origins = {}
+    saved = {}
     documents = {document.path: document for document in checkpoint.manifest.documents}
     for shard in require_source(checkpoint).shards:
         with suppress(ToolkitError):
-            raw = read_document(checkpoint, documents[shard.header])
-            header = parse_header(raw, file_bytes=shard.size, what=f"saved header of {shard.name}")
-            origins.update({tensor.name: shard.name for tensor in header.tensors})
+            saved[shard.name] = read_document(checkpoint, documents[shard.header]), shard.size
+    origins = {}
+    with suppress(ToolkitError):
+        for name, header in parse_saved(saved).items():
+            origins.update({tensor.name: name for tensor in header.tensors})
     return origins
+
+
+def parse_saved(saved: Mapping[str, tuple[bytes, int]]) -> dict[str, Header]:
+    """Headers again, of what was kept of each shard beside its tensors, and its size, by name in source order.
+
+    Raises:
+        ManifestError: It is not what can be kept of a shard.
+    """
+    if any(rest.startswith(MAGIC) for rest, _ in saved.values()):
+        return parse_saved_gguf(saved)
+    return {
+        name: parse_header(rest, file_bytes=size, what=f"saved header of {name}")
+        for name, (rest, size) in saved.items()
+    }

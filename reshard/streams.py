@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,19 @@ class Piece:
     size: int
     target: Target | None = None
     unpacked_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Bytes of a stream that are not read from anywhere, but are here already; the target as for a `Piece`."""
+
+    content: bytes
+    target: Target | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return len(self.content)
 
 
 class Ring:
@@ -142,7 +156,13 @@ class _Line:
 
 
 def pump(
-    pieces: Sequence[Piece], *, whole: "_Hash | None", digests: bool, ring: Ring, progress: Progress, stop: StopFlag
+    pieces: Sequence[Piece | Given],
+    *,
+    whole: "_Hash | None",
+    digests: bool,
+    ring: Ring,
+    progress: Progress,
+    stop: StopFlag,
 ) -> list[tuple[str, ...]]:
     """Read the pieces in order, and hash and write them as they pass.
 
@@ -198,21 +218,29 @@ def pump(
     return found
 
 
-def _read(pieces: Sequence[Piece], ring: Ring) -> Generator[_Block, None, None]:
+def _read(pieces: Sequence[Piece | Given], ring: Ring) -> Generator[_Block, None, None]:
     """The stream block by block, cut into the parts of its pieces."""
     path: Path | None = None
     with ExitStack() as opened:
         first = 0
         while first < len(pieces):
-            if pieces[first].path != path:
+            piece = pieces[first]
+            if isinstance(piece, Given):
+                content = memoryview(piece.content)
+                yield _Block(None, content, False, [(first, content, 0)], 0)
+                first += 1
+                continue
+            if piece.path != path:
                 opened.close()
-                path = pieces[first].path
-                reader = opened.enter_context(closing(_open(pieces[first])))
+                path = piece.path
+                reader = opened.enter_context(closing(_open(piece)))
             # Neighbours are read in one go.
-            position = end = pieces[first].offset
+            position = end = piece.offset
             last = first
-            while last < len(pieces) and pieces[last].path == path and pieces[last].offset == end:
-                end += pieces[last].size
+            for other in islice(pieces, first, None):
+                if isinstance(other, Given) or other.path != path or other.offset != end:
+                    break
+                end += other.size
                 last += 1
             while position < end:
                 buffer = ring.take()
@@ -237,13 +265,14 @@ def _open(piece: Piece) -> Reader | UnpackingReader:
 
 
 def _cut(
-    pieces: Sequence[Piece], number: int, last: int, position: int, data: memoryview
+    pieces: Sequence[Piece | Given], number: int, last: int, position: int, data: memoryview
 ) -> tuple[list[tuple[int, memoryview, int]], int]:
     """The parts of the pieces from `number` on that lie in data, and the first piece that goes on behind it."""
     stop = position + len(data)
     parts = []
     while number < last:
         piece = pieces[number]
+        assert isinstance(piece, Piece)
         begin, end = max(piece.offset, position), min(piece.offset + piece.size, stop)
         # An empty tensor at the end of the data belongs to it: nothing may come behind.
         if begin >= stop and piece.size:
@@ -255,7 +284,7 @@ def _cut(
     return parts, number
 
 
-def _digester(pieces: Sequence[Piece], found: list[tuple[str, ...]]) -> Callable[[_Block], None]:
+def _digester(pieces: Sequence[Piece | Given], found: list[tuple[str, ...]]) -> Callable[[_Block], None]:
     hasher = TensorHasher()
 
     def take(block: _Block) -> None:
@@ -272,7 +301,7 @@ def _digester(pieces: Sequence[Piece], found: list[tuple[str, ...]]) -> Callable
 class _Writing:
     """The writing thread's work: pieces to their files, in large runs; says when a piece is written."""
 
-    def __init__(self, pieces: Sequence[Piece], calls: CallQueue) -> None:
+    def __init__(self, pieces: Sequence[Piece | Given], calls: CallQueue) -> None:
         self._pieces = pieces
         self._calls = calls
         self._pages = PageWriter(later=calls.add)

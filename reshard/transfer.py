@@ -193,18 +193,13 @@ def transfer(
 
         path = resolve_inside(root, shard)
         hasher = hashlib.sha256(shards[shard].raw) if is_whole else None
-        pieces = [
-            Piece(
-                path=path,
-                offset=tensor.source_offset,
-                size=tensor.size,
-                target=target_of(tensor),
-            )
-            for tensor in tensors
-        ]
+        pieces = [(tensor.name, _piece(path, tensor, target_of(tensor))) for tensor in tensors]
+        stream = _with_gaps(pieces, path, shards[shard]) if is_whole else pieces
         with _unchanging(path, shards[shard]):
-            digests = pump(pieces, whole=hasher, digests=True, ring=ring, progress=progress, stop=stop)
-        found = {tensor.name: chunks for tensor, chunks in zip(tensors, digests, strict=True)}
+            digests = pump(
+                [piece for _, piece in stream], whole=hasher, digests=True, ring=ring, progress=progress, stop=stop
+            )
+        found = {name: chunks for (name, _), chunks in zip(stream, digests, strict=True) if name}
         for name, chunks in found.items():
             if durable.tensors.get(name, durable.lost.get(name, chunks)) != chunks:
                 raise ManifestError(
@@ -238,6 +233,18 @@ def transfer(
             finisher.shutdown()
             for output in outputs.values():
                 output.close()
+
+
+def _piece(path: Path, tensor: PlannedTensor, target: Target | None) -> Piece:
+    return Piece(path=path, offset=tensor.source_offset, size=tensor.size, target=target)
+
+
+def _with_gaps(pieces: list[tuple[str, Piece]], path: Path, header: Header) -> list[tuple[str, Piece]]:
+    """All of a shard behind its header: its own sha256 is of what is between its tensors, too, which has no name."""
+    start = len(header.raw)
+    gaps = [("", Piece(path=path, offset=start + gap.begin, size=len(gap.content))) for gap in header.gaps]
+    # An empty tensor lies where its neighbour begins, and comes before it.
+    return sorted([*pieces, *gaps], key=lambda named: (named[1].offset, named[1].size)) if gaps else pieces
 
 
 def _allow_open_files(outputs: int) -> None:
