@@ -90,7 +90,9 @@ def test_a_stop_string_ends_it_at_the_same_place(call: Call) -> None:
         stop = whole[at : at + 3]
         off = generated(call, "--speculate", "off", "--stop", stop)
         on = generated(call, "--speculate", "on", "--draft-tokens", "3", "--stop", stop)
-        assert (on["text"], on["finish_reason"]) == (off["text"], off["finish_reason"]) == (whole.split(stop)[0], "stop")
+        assert (
+            (on["text"], on["finish_reason"]) == (off["text"], off["finish_reason"]) == (whole.split(stop)[0], "stop")
+        )
 
 
 def test_a_chat_of_several_turns_is_the_same(call: Call, tmp_path: Path) -> None:
