@@ -38,6 +38,7 @@ class Timings:
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._tokens: deque[int] = deque(maxlen=_KEPT)
         self._read_bytes: deque[int] = deque(maxlen=_KEPT)
+        self._unseen = 0
 
     def __len__(self) -> int:
         return len(self._seconds)
@@ -50,8 +51,10 @@ class Timings:
 
     def forget_if_faster(self) -> bool:
         """Forget all but the newest when these took much less, and whether that was so."""
-        if len(self) < 2 * _NEWEST:
+        self._unseen += 1
+        if self._unseen < _NEWEST or len(self) < 2 * _NEWEST:
             return False
+        self._unseen = 0  # each value is among the newest once
         newest = list(self._seconds)[-_NEWEST:]
         faster = 1 - statistics.median(newest) / self.seconds
         if faster <= max(_CHANGED, _CHANGED_DOUBTS * _MEDIAN * self.noise / sqrt(_NEWEST)):

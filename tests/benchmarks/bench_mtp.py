@@ -63,24 +63,21 @@ class Runs:
         self.seen: list[int] = []
         loaded.model.observer = lambda _layer, ids: self.seen.append(len(ids.unique()))
 
-    def read(self) -> int:
-        """Bytes read from the disk so far."""
-        return self.loaded.weights.read_bytes
-
-    def plain(self) -> float:
-        """Seconds of a token, one at a time."""
+    def plain(self) -> tuple[float, float]:
+        """Seconds of a token, one at a time, and bytes read for it."""
         cache, model = self._started(None), self.loaded.model
-        begin = time.perf_counter()
+        begin, read = time.perf_counter(), self.loaded.weights.read_bytes
         for at in range(16, 16 + self.tokens):
             sample(model.logits(model.hidden(torch.tensor(self.ids[at : at + 1]), cache))[0], GREEDY, at)
-        return (time.perf_counter() - begin) / self.tokens
+        seconds, read = time.perf_counter() - begin, self.loaded.weights.read_bytes - read
+        return seconds / self.tokens, read / self.tokens
 
-    def guessed(self, acceptance: float, seed: int) -> tuple[float, float]:
-        """Seconds of a token, and tokens of a pass."""
+    def guessed(self, acceptance: float, seed: int) -> tuple[float, float, float]:
+        """Seconds of a token, bytes read for a pass, and tokens of a pass."""
         drafter = Drafter(self.mtp, self.loaded.ctx)
         cache, model, chance = self._started(drafter), self.loaded.model, random.Random(seed)
         at, passes = 16, 0
-        begin = time.perf_counter()
+        begin, read = time.perf_counter(), self.loaded.weights.read_bytes
         while at < 16 + self.tokens:
             drafter.propose(self.ids[: at + 1], 1, GREEDY)
             right = chance.random() < acceptance
@@ -94,7 +91,8 @@ class Runs:
             cache.truncate(at)
             drafter.rewind(at)
             passes += 1
-        return (time.perf_counter() - begin) / (at - 16), (at - 16) / passes
+        seconds, read = time.perf_counter() - begin, self.loaded.weights.read_bytes - read
+        return seconds / (at - 16), read / passes, (at - 16) / passes
 
     def _started(self, drafter: Drafter | None) -> LatentCache:
         cache, model = LatentCache(self.loaded.model.config, self.loaded.ctx), self.loaded.model
@@ -151,15 +149,11 @@ def main() -> int:
     for number in range(options.rounds):
         for acceptance in ACCEPTANCES:
             memory, disk = rates()
-            before = runs.read()
-            plain = runs.plain()
-            between = runs.read()
-            guessed, tokens = runs.guessed(acceptance, number)
-            after = runs.read()
-            plain = (plain + runs.plain()) / 2
+            plain, step_read = runs.plain()
+            guessed, pass_read, tokens = runs.guessed(acceptance, number)
+            again, read_again = runs.plain()
+            plain, step_read = (plain + again) / 2, (step_read + read_again) / 2
             memory, disk = (statistics.fmean(pair) for pair in zip((memory, disk), rates(), strict=True))
-            step_read = (between - before) / options.tokens
-            pass_read = (after - between) / options.tokens * tokens
             taken = predict(costs, memory * 1e9, disk * 1e9, tokens=tokens, step_read=step_read, pass_read=pass_read)
             times[acceptance].append(
                 Round(

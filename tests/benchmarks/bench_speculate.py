@@ -1,7 +1,7 @@
 """Tokens a second with --speculate off, auto and on, in turns, on the same texts.
 
     python tests/benchmarks/bench_speculate.py [MODEL] [--ram SIZE] [--io mmap|direct] [--tokens N] [--prompts N]
-                                               [--draft-tokens K] [--temp T] [--threads N]
+                                               [--rounds N] [--draft-tokens K] [--temp T] [--threads N]
 
 Without MODEL the embedded one continues Python that it was not trained on. A model without tokenizer gets random ids.
 Every text is made anew in each way, by an engine and a pace of its own, over weights that are held once; all ways must
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--io", choices=("mmap", "direct"))
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--draft-tokens", type=int, default=1)
     parser.add_argument("--temp", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
@@ -57,9 +58,10 @@ def main() -> int:
     run(loaded, prompts[0], "on", options.tokens, options.draft_tokens, sampling)  # to warm up
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     paces: dict[str, dict[str, Any]] = {}
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts * options.rounds):
         texts = {}
-        for way in WAYS:
+        first = number % len(WAYS)  # each way comes first as often as the others
+        for way in WAYS[first:] + WAYS[:first]:
             taken, texts[way], pace = run(loaded, prompt, way, options.tokens, options.draft_tokens, sampling)
             seconds[way].append(taken)
             if pace is not None:

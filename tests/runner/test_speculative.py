@@ -301,6 +301,7 @@ def test_otherwise_the_end_of_a_prompt_waits_for_the_first_guess(
     model: CountingModel, drafter: Drafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.speculative.KEPT_POSITIONS", 10)
+    monkeypatch.setattr("runner.speculative._MOST_WAITING", 20)
     pace = Turns(lambda turn: turn > 2)
     engine = speculative(model, drafter, 1, pace, pass_tokens=8)
     tokens = engine.generate(prompt(30), max_tokens=8, sampling=GREEDY, eos_ids=())
