@@ -8,6 +8,7 @@ chain of a journal) are mostly fitted to the change, so that the checks behind t
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from random import Random
 from typing import Any
 
 import documents
+import gguf_inputs
 import zstandard
 from hostile import ESCAPES, PATHS, STRINGS, dump
 from mutate import mutate_bytes, mutate_document, mutate_tree, respell
@@ -31,8 +33,10 @@ WEIGHTS = {
     "archive": 4,
     "name": 3,
     "path": 2,
+    "gguf": 10,
+    "gguf_file": 6,
 }
-"""Of a hundred inputs, how many go to each target. The last three are no JSON documents."""
+"""How often an input goes to each target. The last five, from archives on, are no JSON documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +130,22 @@ def _make_folder(chance: Random, number: int, target: str) -> Input:
         data = text
     extra = {"folder": chosen, "file": name, "size": len(data) + payload}
     return Input(number=number, target=target, data=data, json=text, extra=extra, trail=tuple(trail))
+
+
+def _make_gguf(chance: Random, number: int, target: str) -> Input:
+    data, payload, trail = gguf_inputs.change(chance, gguf_inputs.document(chance))
+    extra = {"size": len(data) + payload, "file": "model.gguf"}
+    return Input(number=number, target=target, data=data, extra=extra, trail=tuple(trail))
+
+
+def _make_gguf_file(chance: Random, number: int, target: str) -> Input:
+    """A whole model, or one file of a split one changed."""
+    if chance.random() < 0.5:
+        return _make_gguf(chance, number, target)
+    chosen = chance.randrange(2)
+    data, payload, trail = gguf_inputs.change(chance, copy.deepcopy(gguf_inputs.split_set()[chosen]))
+    extra = {"size": len(data) + payload, "file": gguf_inputs.PARTS[chosen]}
+    return Input(number=number, target=target, data=data, extra=extra, trail=tuple(trail))
 
 
 def _make_config(chance: Random, number: int, target: str) -> Input:
@@ -233,4 +253,6 @@ _MAKERS: dict[str, Callable[[Random, int, str], Input]] = {
     "archive": _make_archive,
     "name": _make_text,
     "path": _make_text,
+    "gguf": _make_gguf,
+    "gguf_file": _make_gguf_file,
 }

@@ -11,12 +11,15 @@ import json
 import os
 from collections.abc import Iterator
 from math import prod
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import safetensors
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.constants import GGML_QUANT_SIZES
 
 from manifests.errors import ToolkitError
+from manifests.gguf import GgufHeader
 from manifests.header import Header, encode_header, parse_header
 from manifests.names import parse_name
 from manifests.paths import parse_path, place_of
@@ -74,6 +77,39 @@ def check_header(header: Header, given: bytes) -> None:
         assert {name: (info["dtype"], tuple(info["shape"])) for name, info in found.items()} == {
             tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors
         }
+
+
+def check_gguf(header: GgufHeader, given: bytes) -> None:
+    """An accepted GGUF header: tensors one behind the other, whole blocks, and padding alone between them."""
+    # A file may go on with zeros where the input ends.
+    assert header.raw.startswith(given[: len(header.raw)])
+    assert not any(header.raw[len(given) :])
+    assert len({tensor.name for tensor in header.tensors}) == len(header.tensors)
+    end = len(header.raw)
+    for tensor in header.tensors:
+        elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type.name]]
+        assert 0 < len(tensor.name) <= 1024
+        assert len(tensor.shape) <= 4
+        assert 0 <= tensor.begin - end < header.alignment, "a hole or an overlap"
+        assert (tensor.begin - len(header.raw)) % header.alignment == 0
+        assert (*tensor.shape, 1)[len(tensor.shape) - 1 if tensor.shape else 0] % elements == 0, "half a block"
+        assert (tensor.end - tensor.begin) * elements == prod(tensor.shape) * size > 0
+        end = tensor.end
+    assert 0 <= header.file_bytes - end < header.alignment, "bytes that belong to nothing"
+    assert all(type(value) in (int, float, bool, str, tuple) for value in header.metadata.values())
+
+
+def check_gguf_again(header: GgufHeader, path: Path) -> None:
+    """The ggml project's own reader finds the same in the file."""
+    if any(not tensor.shape for tensor in header.tensors):
+        return  # it ends with an IndexError at a scalar that is not one of numpy's own types
+    reader = GGUFReader(path)
+    found = [(tensor.name, tensor.data_offset, tensor.n_bytes) for tensor in reader.tensors]
+    assert sorted(found) == sorted((tensor.name, tensor.begin, tensor.end - tensor.begin) for tensor in header.tensors)
+    # Its own fields have names that a file may have as well.
+    assert {key for key in reader.fields if not key.startswith("GGUF.")} == {
+        key for key in header.metadata if not key.startswith("GGUF.")
+    }
 
 
 def check_folder(paths: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Fuzz the parsers of headers, indexes, configs, manifests, journals and saved headers.
+"""Fuzz the parsers of headers, indexes, configs, manifests, journals, saved headers and GGUF files.
 
     python tests/fuzz/run.py --inputs 1000000 --seed 1 --jobs 2
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import documents
+import gguf_bytes
+import gguf_inputs
 import jsonschema
 import zstandard
 from inputs import FOLDERS, Input
@@ -25,6 +27,8 @@ from promises import (
     SMALL,
     accepted,
     check_error,
+    check_gguf,
+    check_gguf_again,
     check_header,
     check_manifest,
     check_part,
@@ -37,12 +41,13 @@ from manifests import inventory
 from manifests.check import check_files
 from manifests.cli import manifests as program
 from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.gguf import GgufHeader, parse_gguf, read_gguf
 from manifests.header import parse_header, read_header
 from manifests.json_schema import json_schema
 from manifests.names import Role, expert_prefix, parse_name
 from manifests.paths import Widths, format_path, parse_path, place_of
 from manifests.safety import check_relative, relative_fault
-from manifests.schema import Selection
+from manifests.schema import FileEntry, Selection
 from manifests.storage import decode, encode, save
 from manifests.summary import diff
 from reshard.archive import unpack
@@ -63,8 +68,10 @@ class Targets:
         # What a path that leaves a folder leads to.
         (scratch / "outside.safetensors").write_bytes(documents.frame_header(b"{}"))
         self._folders = [self._make_folder(number) for number in range(FOLDERS)]
-        for name in ("file", "config", "journal", "resharded", "saved"):
+        for name in ("file", "config", "journal", "resharded", "saved", "gguf", "split"):
             (self._scratch / name).mkdir()
+        for number in range(2):
+            self._restore_part(number)
         self._validator = jsonschema.Draft202012Validator(json_schema())
 
     def run(self, given: Input) -> None:
@@ -129,6 +136,72 @@ class Targets:
         with accepted():
             check_header(header, given.data)
             check_manifest(opened.manifest)
+
+    # GGUF files.
+
+    def _gguf(self, given: Input) -> None:
+        size = given.extra["size"]
+        header = parse_gguf(given.data, file_bytes=size, what="x")
+        with accepted():
+            check_gguf(header, given.data)
+            if size < SMALL and given.number % 8 == 0:
+                path = self._scratch / "gguf" / "again.bin"
+                _write_sparse(path, given.data, size)
+                check_gguf_again(header, path)
+
+    def _gguf_file(self, given: Input) -> None:
+        """A model of one file, or of two of which one was changed."""
+        name = given.extra["file"]
+        is_part = name in gguf_inputs.PARTS
+        folder = self._scratch / ("split" if is_part else "gguf")
+        path = folder / name
+        try:
+            _write_sparse(path, given.data, given.extra["size"])
+            with self._only_reading(folder):
+                checkpoint = inventory.open(folder if is_part or given.number % 2 else path)
+                with accepted():
+                    self._check_gguf_checkpoint(checkpoint, given)
+        finally:
+            if is_part:
+                self._restore_part(gguf_inputs.PARTS.index(name))
+
+    def _check_gguf_checkpoint(self, checkpoint: inventory.Checkpoint, given: Input) -> None:
+        check_manifest(checkpoint.manifest)
+        for file in checkpoint.manifest.files:
+            header = read_gguf(checkpoint.root / file.path)
+            if file.path == given.extra["file"]:
+                check_gguf(header, given.data)
+            self._check_cover(file, header)
+        for location in checkpoint.tensors():
+            assert (location.shape == location.logical_shape) == (location.encoding == "plain" or not location.shape)
+        with contextlib.suppress(ToolkitError):
+            config = checkpoint.config
+            json.dumps(config, allow_nan=False)
+            ModelConfig.from_dict(config)
+        if given.number % 16 == 0:
+            for command in ("show", "ls", "check"):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    program.main([command, str(checkpoint.root / given.extra["file"])], standalone_mode=False)
+
+    @staticmethod
+    def _check_cover(file: FileEntry, header: GgufHeader) -> None:
+        """Every byte of every tensor of the file is described once."""
+        entries = list(file.tensors)
+        for tensor in header.tensors:
+            position = tensor.begin
+            while position < tensor.end:
+                entry = entries.pop(0)
+                assert (entry.offset, entry.source_name) == (position, tensor.name)
+                assert entry.encoding == ("plain" if tensor.type.dtype else tensor.type.name)
+                position += entry.size
+            assert position == tensor.end
+        assert not entries
+
+    def _restore_part(self, number: int) -> None:
+        tree = gguf_inputs.split_set()[number]
+        data = gguf_bytes.header(tree)
+        path = self._scratch / "split" / gguf_inputs.PARTS[number]
+        _write_sparse(path, data, len(data) + gguf_inputs.payload_size(tree))
 
     # Manifests.
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-NAMES = ("documents", "hostile", "mutate", "inputs", "promises", "targets", "run")
+NAMES = ("documents", "hostile", "mutate", "gguf_bytes", "gguf_inputs", "inputs", "promises", "targets", "run")
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,8 @@ def test_a_link_out_of_the_folder_and_a_fifo(alone: bool, tmp_path: Path, deadli
     folder.mkdir()
     (folder / "x.gguf").symlink_to("../outside.gguf")
     with pytest.raises(ManifestError, match="leaves the folder"):
-        list(manifests.open(folder / "x.gguf" if alone else folder).tensors())
+        # What a folder names is not even opened; of a file that somebody named himself no tensor is handed out.
+        _ = list(manifests.open(folder / "x.gguf").tensors()) if alone else manifests.open(folder)
     (folder / "x.gguf").unlink()
     os.mkfifo(folder / "x.gguf")
     with pytest.raises(SourceNotFoundError):
