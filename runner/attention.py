@@ -110,7 +110,9 @@ class Attention:
         rows = config.num_attention_heads * (nope + config.v_head_dim)
         kv_b = self._matrix("kv_b_proj", rows, config.kv_lora_rank)
         check(kv_b)
-        if (compiled := kernels.active()) is not None:
+        compiled = kernels.active()
+        # An encoding that no kernel reads is expanded a few heads at a time, not as a whole: V3's would take 64 MiB.
+        if compiled is not None and kernels.multiplies(kv_b):
             turn = (rotation.cos, rotation.sin)
             return compiled.attend(q_THQ, turn, c_SC, k_pe_SR, kv_b, scale=self._scale, dtype=self._dtype)
         q_pe_THR = rotate(q_THQ[..., nope:], rotation)
@@ -145,7 +147,7 @@ def attend_absorbed(
     """
     tokens, heads, nope = q_nope_THN.shape
     cached = c_SC.shape[0]
-    (rows, latent), q_pe_HTR = kv_b.weight.shape, q_pe_THR.transpose(0, 1)
+    (rows, latent), q_pe_HTR = kv_b.shape, q_pe_THR.transpose(0, 1)
     head_rows = rows // heads
     q_nope_HTN = round_activation(q_nope_THN, dtype).transpose(0, 1)
     position_T = torch.arange(cached - tokens, cached).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Weights as they are stored, and products with them: FP8 blocks, bfloat16, float16, float32.
+"""Weights as they are stored, and products with them: FP8 blocks, bfloat16, float16, float32, ggml's quantised blocks.
 
 Products are those of `runner.kernels`, or torch's where these could not be built: then a few block rows of one matrix
 are expanded at a time, so stored weights never turn into a float32 copy of the model, nor even of one large matrix.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ManifestError, UnsupportedModelError
-from runner import kernels
+from manifests.schema import PLAIN
+from runner import kernels, quantised
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,19 +24,32 @@ _EXPANDED_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A weight matrix in its stored dtype.
+    """A weight matrix as it is stored.
 
     Attributes:
-        weight: [O, I] float8_e4m3fn, bfloat16, float16 or float32.
+        weight: [O, I] float8_e4m3fn, bfloat16, float16 or float32; with an encoding [O, row_bytes] uint8.
         scale: [ceil(O/bo), ceil(I/bi)] float32, the tensor stored as ``weight_scale_inv``; with FP8 only.
         block: (bo, bi). It comes from config.json: 192 rows with 2 rows of scales do not tell 96 from 128.
         name: For messages.
+        encoding: ``plain``, or the block type of `quantised.BLOCKS` that the bytes are.
     """
 
     weight: Tensor
     scale: Tensor | None
     block: tuple[int, int] = (128, 128)
     name: str = "a weight"
+    encoding: str = PLAIN
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns, [O, I], however they are stored.
+
+        Raises:
+            UnsupportedModelError: The encoding is not one that is read.
+        """
+        if self.encoding == PLAIN:
+            return tuple(self.weight.shape)
+        return quantised.shape(self.weight, self.encoding, self.name)
 
 
 def stored_matrix(prefix: str, weight: Tensor, scale: Tensor | None) -> Matrix:
@@ -92,8 +106,9 @@ def dequantize(matrix: Matrix) -> Tensor:
     (r // bo, c // bi), so the last block of each kind may be partial. FP8 NaN codes stay NaN.
 
     Raises:
-        IntegrityError: The scale grid does not cover the weight, or has blocks to spare.
-        UnsupportedModelError: The dtype is not one that is read.
+        IntegrityError: The scale grid does not cover the weight, or has blocks to spare; or rows are no whole blocks.
+        UnsupportedModelError: The dtype or the encoding is not one that is read.
+        ToolkitError: It has an encoding, and the package gguf is not installed.
 
     Source: DeepSeek-V3 README_WEIGHTS, "Dequantization Method".
     """
@@ -116,18 +131,24 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
     Raises:
         IntegrityError: As for ``dequantize``.
         UnsupportedModelError: As for ``dequantize``.
+        ToolkitError: As for ``dequantize``, where no kernel multiplies by the encoding.
     """
     check(matrix)
     x_TI = round_activation(x, dtype)
-    if (compiled := kernels.active()) is not None:
+    compiled = kernels.active()
+    if compiled is not None and kernels.multiplies(matrix):
         return compiled.linear(x_TI, matrix, dtype=dtype)
-    rows, columns = matrix.weight.shape
+    rows, columns = matrix.shape
     block_rows = matrix.block[0]
     # Whole blocks, as many as the limit takes; one row of blocks where that is already more.
     step = block_rows * max(1, _EXPANDED_ELEMENTS // (block_rows * columns))
     out_TO = x.new_empty(x.shape[0], rows)
     for begin in range(0, rows, step):
-        out_TO[:, begin : begin + step] = x_TI @ _expand(matrix, begin, begin + step).T
+        expanded = _expand(matrix, begin, begin + step)
+        if compiled is None:
+            out_TO[:, begin : begin + step] = x_TI @ expanded.T
+        else:  # whose sums do not depend on T, unlike torch's
+            out_TO[:, begin : begin + step] = compiled.linear(x_TI, Matrix(weight=expanded, scale=None))
     return out_TO
 
 
@@ -140,9 +161,12 @@ def check(matrix: Matrix) -> None:
     """Refuse a matrix that cannot be multiplied by.
 
     Raises:
-        IntegrityError: The scale grid does not cover the weight, or has blocks to spare.
-        UnsupportedModelError: The dtype is not one that is read.
+        IntegrityError: The scale grid does not cover the weight, or has blocks to spare; or rows are no whole blocks.
+        UnsupportedModelError: The dtype or the encoding is not one that is read.
     """
+    if matrix.encoding != PLAIN:
+        quantised.check(matrix.weight, matrix.encoding, matrix.name)
+        return
     if matrix.scale is None:
         _check_plain(matrix.weight, matrix.name)
         return
@@ -161,6 +185,8 @@ def check(matrix: Matrix) -> None:
 
 def _expand(matrix: Matrix, begin: int, end: int) -> Tensor:
     """Give rows [begin, end), or up to the last one, as float32; begin is a multiple of bo."""
+    if matrix.encoding != PLAIN:
+        return quantised.expand(matrix.weight[begin:end], matrix.encoding, matrix.name)
     if matrix.scale is None:
         return widen(matrix.weight[begin:end], matrix.name)
     block_rows, block_columns = matrix.block

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from manifests.schema import PLAIN
+
 if TYPE_CHECKING:
     from runner.fp8 import Matrix, Mlp
 
@@ -25,7 +27,10 @@ VARIANTS = ("portable", "avx2", "avx512", "avx512-vbmi")
 """Instruction sets, slowest first; the last that the processor has is taken."""
 
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-
+_ENCODED_KINDS = {
+    encoding: 4 + number
+    for number, encoding in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"))
+}
 
 _room_lock = threading.Lock()
 """Models in several threads take turns: what they work in, and the library's threads, are there once."""
@@ -122,6 +127,11 @@ class Part:
     weight: Tensor | None = None
 
 
+def multiplies(matrix: "Matrix") -> bool:
+    """Whether there are products with a matrix as it is stored; the rarer encodings have to be expanded."""
+    return matrix.encoding == PLAIN or matrix.encoding in _ENCODED_KINDS
+
+
 class Kernels:
     """The library, with an instruction set chosen.
 
@@ -140,13 +150,13 @@ class Kernels:
 
         Args:
             x_TI: [T, I] float32, rounded to ``dtype``.
-            matrix: [O, I], whose dtype and scales were checked.
+            matrix: [O, I], checked, and one that it `multiplies`.
             dtype: With bfloat16 the order of the sums may depend on T; never on the threads.
         """
         self._prepare()
         x_TI = x_TI.contiguous()
         tokens = x_TI.shape[0]
-        out_TO = x_TI.new_empty(tokens, matrix.weight.shape[0])
+        out_TO = x_TI.new_empty(tokens, matrix.shape[0])
         kept: list[Tensor] = []
         described = ctypes.byref(_describe(matrix, kept))
         if dtype is torch.bfloat16 and (needed := self._library.rk_linear_room(described, tokens)):
@@ -162,7 +172,7 @@ class Kernels:
         """Give down(silu(gate x) * up x) of each expert, [t, D] float32.
 
         Args:
-            experts: Matrices that were checked, and the rows of x that they are for, [t] int64; None for all.
+            experts: Matrices as for `linear`, and the rows of x that they are for, [t] int64; None for all.
             x_TD: [T, D] float32, rounded to ``dtype``.
             dtype: bfloat16 rounds what enters ``down`` as well.
         """
@@ -221,7 +231,7 @@ class Kernels:
             rotation: cos and sin of the T positions, [T, R/2] float32.
             c_SC: [S, C] float32, normalised latents.
             k_pe_SR: [S, R] float32, rotated.
-            kv_b: [H * (N+V), C], checked; it is read as it is stored.
+            kv_b: [H * (N+V), C], as for `linear`; it is read as it is stored.
             scale: On the scores, before the softmax.
             dtype: bfloat16 rounds what enters the two products with ``kv_b``.
 
@@ -230,7 +240,7 @@ class Kernels:
         """
         self._prepare()
         (tokens, heads, width), (cached, rotary) = q_THQ.shape, k_pe_SR.shape
-        value = kv_b.weight.shape[0] // heads - (width - rotary)
+        value = kv_b.shape[0] // heads - (width - rotary)
         out_THV = q_THQ.new_empty(tokens, heads, value)
         kept = [tensor.contiguous() for tensor in (q_THQ, *rotation, c_SC, k_pe_SR)]
         pointers = [tensor.data_ptr() for tensor in (*kept, out_THV)]
@@ -340,11 +350,11 @@ def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:
     if scale is not None:
         scale = scale.to(torch.float32).contiguous()
         kept.append(scale)
-    rows, columns = weight.shape
+    rows, columns = matrix.shape
+    kind = _KINDS[weight.dtype] if matrix.encoding == PLAIN else _ENCODED_KINDS[matrix.encoding]
     return _Matrix(
-        weight.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, *matrix.block,
-        _KINDS[weight.dtype], 0,
-    )  # fmt: skip
+        weight.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, *matrix.block, kind, 0
+    )
 
 
 def _describe_expert(mlp: "Mlp", token: Tensor | None, y: Tensor, kept: list[Tensor]) -> _Expert:

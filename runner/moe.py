@@ -8,6 +8,7 @@ Shapes: T tokens, t tokens of one expert, D hidden, F width of an MLP, K experts
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -51,13 +52,22 @@ def swiglu(
 
 def _mlps(experts: Sequence[tuple[Mlp, Tensor | None]], x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Give what each MLP makes of its rows of x, which is rounded already."""
-    if (compiled := kernels.active()) is not None:
-        return compiled.experts(experts, x_TD, dtype=dtype)
-    found = []
-    for mlp, token in experts:
-        x = x_TD if token is None else x_TD[token]
-        found.append(linear(silu(linear(x, mlp.gate)).mul_(linear(x, mlp.up)), mlp.down, dtype=dtype))
-    return found
+    compiled = kernels.active()
+    if compiled is None:
+        return [_mlp(mlp, x_TD, token, dtype) for mlp, token in experts]
+    # Each by its own encodings alone: which experts are beside it depends on what was in memory.
+    is_fast = [all(map(kernels.multiplies, (mlp.gate, mlp.up, mlp.down))) for mlp, _ in experts]
+    fast = iter(compiled.experts(list(compress(experts, is_fast)), x_TD, dtype=dtype))
+    return [
+        next(fast) if is_one else _mlp(mlp, x_TD, token, dtype)
+        for (mlp, token), is_one in zip(experts, is_fast, strict=True)
+    ]
+
+
+def _mlp(mlp: Mlp, x_TD: Tensor, token: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same for one, product by product."""
+    x = x_TD if token is None else x_TD[token]
+    return linear(silu(linear(x, mlp.gate)).mul_(linear(x, mlp.up)), mlp.down, dtype=dtype)
 
 
 class MoE:

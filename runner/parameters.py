@@ -139,7 +139,7 @@ class Parameters:
         return cast(Mlp, expert.prepared)
 
     def _sized(self, matrix: Matrix, rows: int, columns: int) -> Matrix:
-        check_shape(matrix.name, tuple(matrix.weight.shape), (rows, columns))
+        check_shape(matrix.name, matrix.shape, (rows, columns))
         if matrix.scale is not None and self._block is None:
             raise ManifestError(
                 f"{matrix.name} has block scales, but config.json has no quantization_config to size them"

@@ -117,7 +117,7 @@ TARGET static void NAME(transposed)(
     /* Vectors behind the last number are multiplied too, and dropped. */
     alignas(64) float weights[SLAB][PIECE];
     int is_clean = 0;
-    const int64_t width = element_bytes(a->kind), row_bytes = a->columns * width;
+    const int64_t row_bytes = bytes_of(a->kind, a->columns);
     const int64_t block_columns = a->scale ? a->block_columns : a->columns;
     for (int64_t t = 0; t < tokens; t++)
         memset(out + t * out_stride, 0, (size_t)a->columns * sizeof *out);
@@ -130,10 +130,12 @@ TARGET static void NAME(transposed)(
         for (int64_t first = 0, block = 0, block_end = block_columns; first < a->columns;) {
             const int64_t end = block_end < a->columns ? block_end : a->columns;
             const int64_t size = end - first < PIECE ? end - first : PIECE;
-            const uint8_t *w = (const uint8_t *)a->weight + row * row_bytes + first * width;
+            const uint8_t *w = (const uint8_t *)a->weight + row * row_bytes;
             const float scale = scale_of(scales, block) / (a->kind == FP8_E4M3 ? FP8_UNIT : 1.0f);
             float *to = out + first;
-            const int64_t done = tokens > 1 ? 0 : NAME(add_lone)(a->kind, w, row_bytes, deep, size, scale, q + n, to);
+            int64_t done = 0;
+            if (tokens == 1 && !is_quantised(a->kind))
+                done = NAME(add_lone)(a->kind, w + bytes_of(a->kind, first), row_bytes, deep, size, scale, q + n, to);
             const int64_t left = size - done;
             to += done;
             if (left && !is_clean) {
@@ -141,9 +143,9 @@ TARGET static void NAME(transposed)(
                 is_clean = 1;
             }
             for (int64_t r = 0; r < deep && left; r++) {
-                const uint8_t *from = w + r * row_bytes + done * width;
-                prefetch(from + SLAB * row_bytes, left * width);
-                NAME(expand)(a->kind, from, left, weights[r]);
+                const uint8_t *from = w + r * row_bytes;
+                prefetch(from + SLAB * row_bytes + bytes_of(a->kind, first + done), bytes_of(a->kind, left));
+                NAME(expand)(a->kind, from, first + done, left, weights[r]);
             }
             if (tokens == 1)
                 NAME(add_slab)(weights, deep, left, scale, q + n, q_stride, 1, to, out_stride, 1, LONE_VECS);

@@ -24,7 +24,7 @@ static inline int64_t packed_room(int64_t tokens, int64_t columns)
 #if defined(X86) && (__GNUC__ >= 10 || defined(__clang__))
 
 #define TARGET_BF16 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma,f16c")))
 #define INLINE_BF16 TARGET_BF16 static inline __attribute__((always_inline))
 
 /* Whether this many tokens' activations are packed for a matrix. */

@@ -1,4 +1,5 @@
-/* Products of stored weights with activations, on a few threads: FP8 blocks, bfloat16, float16, float32.
+/* Products of stored weights with activations, on a few threads: FP8 blocks, bfloat16, float16, float32, ggml's
+   blocks.
 
    Plain functions on pointers, called through ctypes; no torch, no Python headers. What is computed, and what stands in
    for this file where it cannot be built, is runner/fp8.py. Weights and scales may begin at any byte. Every sum has one
@@ -22,10 +23,10 @@
 #define TILE_ROWS 4
 #define TOKENS 48   /* rows of activations that share one expansion; their sums with a group stay in the L2 cache */
 
-enum { FP8_E4M3, BF16, F16, F32 };
+enum { FP8_E4M3, BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q4_K, Q5_K, Q6_K };
 
 typedef struct {
-    const void *weight; /* [rows, columns] */
+    const void *weight; /* [rows, columns], or rows of blocks */
     const void *scale;  /* [ceil(rows / block_rows), ceil(columns / block_columns)] float32; FP8 alone has it */
     int64_t rows, columns;
     int32_t block_rows, block_columns;
@@ -114,6 +115,8 @@ static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, in
         out[i] = decode_c(kind, w + i * element_bytes(kind)) * unit;
 }
 
+#include "quantised.h"
+
 #define NAME(x) x##_c
 #define TARGET
 #define V lanes_c
@@ -134,6 +137,11 @@ static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, in
 #define DECODE(kind, table, w, out) decode_four_c(kind, w, out)
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
+#define BLOCK_FACTORS(kind, block, factor) factors_c(kind, block, factor)
+#define STRETCH_OF(kind, block, j, factor, out) stretch_c(kind, block, j, factor, out)
+#define BLOCK_STREAMS 1
+#define BLOCKS(x) x##_c
+#include "quantised_rows.h"
 #include "panel.h"
 
 #ifdef X86
@@ -209,13 +217,13 @@ int rk_start(int variant, int threads)
    are another thread's: so chunks are long, but each thread has four. */
 static int64_t chunk_rows(const rk_matrix *a, int is_packed)
 {
-    int64_t rows = CHUNK_BYTES / (a->columns * element_bytes(a->kind) + 1);
+    int64_t rows = CHUNK_BYTES / (bytes_of(a->kind, a->columns) + 1);
     if (is_packed && rows < a->rows / (4 * pool.threads))
         rows = a->rows / (4 * pool.threads);
     return rows < 32 ? 32 : rows & ~(int64_t)31;
 }
 
-static int64_t matrix_bytes(const rk_matrix *a) { return a->rows * a->columns * element_bytes(a->kind); }
+static int64_t matrix_bytes(const rk_matrix *a) { return a->rows * bytes_of(a->kind, a->columns); }
 
 static int64_t count_chunks(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
 

@@ -16,6 +16,7 @@
      DECODE(kind, table, w, out)
                          UNIT stored numbers at w as V's at out, FP8 times FP8_UNIT
      FP8_UNIT            a power of two
+     BLOCKS(x)           x of quantised_rows.h with the suffix of those that it uses
      HAS_NAN(table)      whether a DECODE met FP8 codes of NaN, which it need not get right then
 
    One order of additions for every count of tokens, rows and threads: lane l of a piece adds its columns l, l + 16, ...
@@ -41,9 +42,15 @@ INLINE int NAME(expand_kind)(const int kind, const uint8_t *w, int64_t count, co
     return HAS_NAN(table);
 }
 
-/* The same, right in every case, with zeros behind up to a multiple of 16. */
-TARGET static __attribute__((noinline)) void NAME(expand)(int kind, const uint8_t *w, int64_t count, float *out)
+/* `count` columns of a row from `first` on, right in every case, with zeros behind up to a multiple of 16. */
+TARGET static __attribute__((noinline)) void NAME(expand)(
+    int kind, const uint8_t *row, int64_t first, int64_t count, float *out)
 {
+    if (is_quantised(kind)) {
+        BLOCKS(expand_blocks)(kind, row, first, count, out);
+        return;
+    }
+    const uint8_t *w = row + first * element_bytes(kind);
     switch (kind) {
     case FP8_E4M3:
         if (NAME(expand_kind)(FP8_E4M3, w, count, 0, out))
@@ -121,11 +128,12 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
     alignas(64) float weights[GROUP][SEGMENT];
     alignas(64) float total[GROUP][TOKENS][LANES];
     float scale[GROUP][SEGMENT / PIECE];
-    const int64_t columns = a->columns, bytes = element_bytes(a->kind), tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int64_t columns = a->columns, stride = bytes_of(a->kind, columns);
+    const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     const int64_t block_columns = a->scale ? a->block_columns : columns;
     const int has_whole_pieces = a->scale == NULL || block_columns % PIECE == 0;
     const int rows = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    const uint8_t *w = (const uint8_t *)a->weight + row * columns * bytes;
+    const uint8_t *w = (const uint8_t *)a->weight + row * stride;
     const uint8_t *scales[GROUP];
     for (int r = 0; r < count; r++)
         scales[r] = scales_of(a, row + r);
@@ -148,17 +156,19 @@ TARGET static __attribute__((noinline)) void NAME(group)(const rk_matrix *a, int
                 block_end += block_columns;
             }
         }
+        const uint8_t *behind = w + count * (stride + bytes_of(a->kind, begin));
+        const int64_t bytes = bytes_of(a->kind, size);
         for (int r = 0; r < count; r++) {
-            if (bytes > 1) /* as in streams; FP8 is asked for evenly, in the first tiles */
-                prefetch(w + (count * (columns + begin) + r * size) * bytes, size * bytes);
-            NAME(expand)(a->kind, w + (r * columns + begin) * bytes, size, weights[r]);
+            if (a->kind != FP8_E4M3) /* as in streams; FP8 is asked for evenly, in the first tiles */
+                prefetch(behind + r * bytes, bytes);
+            NAME(expand)(a->kind, w + r * stride, begin, size, weights[r]);
         }
         for (int64_t t = 0, n = 1; n <= tiles; n++) {
             const int64_t some = tokens * n / tiles - t;
             const float *from = x + t * columns + begin;
-            const int64_t step = n == 1 && bytes == 1 ? TILE_ROWS * LANES / PARTS : 0;
+            const int64_t step = n == 1 && a->kind == FP8_E4M3 ? TILE_ROWS * LANES / PARTS : 0;
             for (int r = 0; r < rows; r += TILE_ROWS) {
-                const uint8_t *next = w + (count * (columns + begin) + r * size) * bytes;
+                const uint8_t *next = behind + r * bytes;
                 const float(*const w_r)[SEGMENT] = (const float(*)[SEGMENT])weights[r];
                 const float(*const scale_r)[SEGMENT / PIECE] = (const float(*)[SEGMENT / PIECE])scale[r];
                 float(*const sums)[TOKENS][LANES] = (float(*)[TOKENS][LANES])total[r][t];
@@ -222,7 +232,7 @@ INLINE int NAME(streams)(
         if (c < end)
 #pragma GCC unroll 8
             for (int r = 0; r < count; r++) {
-                NAME(expand)(kind, w + (r * columns + c) * bytes, end - c, rest);
+                NAME(expand)(kind, w + r * columns * bytes, c, end - c, rest);
                 for (int64_t i = 0; i < end - c; i += LANES)
 #pragma GCC unroll 8
                     for (int t = 0; t < tokens; t++)
@@ -289,7 +299,10 @@ INLINE int64_t NAME(few)(
 TARGET static void NAME(panel)(
     const rk_matrix *a, int64_t begin, int64_t end, const float *x, int64_t tokens, float *y)
 {
-    if (a->scale == NULL || a->block_columns % PIECE == 0)
+    if (is_quantised(a->kind)) {
+        if (tokens <= STREAM_TOKENS)
+            begin = BLOCKS(block_few)(a, begin, end, x, tokens, y);
+    } else if (a->scale == NULL || a->block_columns % PIECE == 0) {
         switch (tokens) {
 #define CASE(n) \
     case n: \
@@ -299,6 +312,7 @@ TARGET static void NAME(panel)(
             CASE(1) CASE(2) CASE(3)
 #undef CASE
         }
+    }
     const int64_t size = tokens <= TILE_TOKENS ? TILE_ROWS : GROUP;
     for (; begin < end; begin += size)
         NAME(group)(a, begin, (int)(end - begin < size ? end - begin : size), x, tokens, y);
@@ -326,3 +340,4 @@ TARGET static void NAME(panel)(
 #undef DECODE
 #undef FP8_UNIT
 #undef HAS_NAN
+#undef BLOCKS

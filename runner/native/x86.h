@@ -2,14 +2,17 @@
 
 #include <immintrin.h>
 
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+
+#include "quantised_x86.h"
+
 /* e4m3 to float16: the sign stays, seven bits move up by seven. That is the value / 256, subnormals included; of the two
    NaN codes it makes 480, so they are looked for: the largest of the seven bits is kept. Sums of these are multiplied by
    256 with their scale; products under 2^-118 are zeros here, not with the tables below. */
 #define FP8_AS_F16 (1 / 256.0f)
 
 /* ---- AVX2 ---- */
-
-#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 TARGET_AVX2 static inline __m256 load_some_avx2(const float *from, int64_t count)
 {
@@ -79,11 +82,14 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 #define DECODE(kind, table, w, out) decode_avx2(kind, &table, w, out)
 #define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx2(table)
+#define BLOCK_FACTORS(kind, block, factor) factors_avx2(kind, block, factor)
+#define STRETCH_OF(kind, block, j, factor, out) stretch_avx2(kind, block, j, factor, out)
+#define BLOCK_STREAMS 2
+#define BLOCKS(x) x##_avx2
+#include "quantised_rows.h"
 #include "panel.h"
 
 /* ---- AVX-512 ---- */
-
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 
 /* All but FP8. */
 TARGET_AVX512 static inline __attribute__((always_inline)) void decode_plain_avx512(
@@ -144,11 +150,16 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define DECODE(kind, table, w, out) decode_avx512(kind, &table, w, out)
 #define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx512(table)
+#define BLOCK_FACTORS(kind, block, factor) factors_avx512(kind, block, factor)
+#define STRETCH_OF(kind, block, j, factor, out) stretch_avx512(kind, block, j, factor, out)
+#define BLOCK_STREAMS 4
+#define BLOCKS(x) x##_avx512
+#include "quantised_rows.h"
 #include "panel.h"
 
 /* ---- AVX-512 with byte permutes: FP8 by table, the upper two bytes of each float ---- */
 
-#define TARGET_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma")))
+#define TARGET_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,fma,f16c")))
 
 alignas(64) static uint8_t E4M3_UPPER[128], E4M3_LOWER[128], E4M3_ORDER[64];
 
@@ -224,4 +235,5 @@ static void make_tables(void)
 #define DECODE(kind, table, w, out) decode_vbmi(kind, table, w, out)
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) 0
+#define BLOCKS(x) x##_avx512
 #include "panel.h"
