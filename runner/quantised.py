@@ -1,4 +1,4 @@
-"""Rows of ggml's quantised blocks: how large the blocks are, and what they expand to.
+"""Rows of ggml's quantised blocks: which of them can be expanded, and to what.
 
 A quantised matrix is stored as bytes, [O, row_bytes], and a row is a whole number of blocks. What the numbers in them
 are is asked of ggml's own package, `gguf`, which is an extra. `runner.kernels` multiplies by the common types as they
@@ -6,7 +6,7 @@ are stored; this is their oracle, and the only way of the others. This file must
 
 Shapes: O rows, I numbers in a row.
 
-Source: GGML_QUANT_SIZES of the package gguf 0.19, and the types that its quants.py expands.
+Source: the types that quants.py of the package gguf 0.19 expands.
 """
 
 from types import MappingProxyType
@@ -15,34 +15,17 @@ import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ToolkitError, UnsupportedModelError
+from manifests.ggml import BLOCK_TYPES
 
-BLOCKS = MappingProxyType(
-    {
-        "Q4_0": (32, 18),
-        "Q4_1": (32, 20),
-        "Q5_0": (32, 22),
-        "Q5_1": (32, 24),
-        "Q8_0": (32, 34),
-        "Q2_K": (256, 84),
-        "Q3_K": (256, 110),
-        "Q4_K": (256, 144),
-        "Q5_K": (256, 176),
-        "Q6_K": (256, 210),
-        "IQ1_S": (256, 50),
-        "IQ1_M": (256, 56),
-        "IQ2_XXS": (256, 66),
-        "IQ2_XS": (256, 74),
-        "IQ2_S": (256, 82),
-        "IQ3_XXS": (256, 98),
-        "IQ3_S": (256, 110),
-        "IQ4_NL": (32, 18),
-        "IQ4_XS": (256, 136),
-        "TQ1_0": (256, 54),
-        "TQ2_0": (256, 66),
-        "MXFP4": (32, 17),
-        "NVFP4": (64, 36),
-    }
+# Not Q8_1 and Q8_K, which no file has: ggml makes them of activations; nor Q1_0, which quants.py does not know.
+_EXPANDED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
+_TYPES = {block_type.name: block_type for block_type in BLOCK_TYPES.values()}
+
+BLOCKS = MappingProxyType({name: (_TYPES[name].elements, _TYPES[name].size) for name in _EXPANDED})
 """By encoding: numbers and bytes of a block."""
 
 
