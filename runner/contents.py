@@ -12,6 +12,7 @@ from pathlib import Path
 from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
+from manifests.schema import PLAIN
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
 from runner.policy import Key
 
@@ -82,6 +83,10 @@ class Contents:
             raise ManifestError(missing)
         return location
 
+    def encoding(self, name: str) -> str:
+        """What a tensor's bytes encode; ``plain`` for numbers."""
+        return self._encodings.get(name, PLAIN)
+
     def group(self, group: str) -> Layout:
         """How a group lies in memory; empty for one that the checkpoint does not have."""
         names = self._expert_names(_expert_of(group)) if _EXPERTS in group else self._names.get(group, ())
@@ -122,6 +127,11 @@ class Contents:
     @cached_property
     def _sizes(self) -> dict[str, int]:
         return {tensor.name: tensor.size for file in self._checkpoint.manifest.files for tensor in file.tensors}
+
+    @cached_property
+    def _encodings(self) -> dict[str, str]:
+        files = self._checkpoint.manifest.files
+        return {one.name: one.encoding for file in files for one in file.tensors if one.encoding != PLAIN}
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:

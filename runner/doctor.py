@@ -303,8 +303,8 @@ def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Non
     for file in checkpoint.manifest.files:
         for tensor in file.tensors:
             if (shape := needed.get(tensor.name)) is not None:
-                dtype_of(tensor.name, tensor.dtype)
-                check_shape(tensor.name, tensor.shape, shape)
+                dtype_of(tensor.name, tensor.dtype, tensor.encoding)
+                check_shape(tensor.name, tensor.logical_shape, shape)
     without_scales = checkpoint.missing_scales()
     if without_scales:
         raise ManifestError(f"{counted(len(without_scales), 'FP8 weight')} without scales, first {without_scales[0]}")

@@ -29,22 +29,54 @@ BLOCKS = MappingProxyType({name: (_TYPES[name].elements, _TYPES[name].size) for 
 """By encoding: numbers and bytes of a block."""
 
 
-def shape(weight: Tensor, encoding: str, name: str) -> tuple[int, int]:
-    """Give the rows and columns that a matrix of blocks stands for; what is no whole block is left out.
+def check_described(
+    dtype: str, shape: tuple[int, ...], logical_shape: tuple[int, ...], encoding: str, name: str
+) -> None:
+    """Refuse what a checkpoint says of a tensor when that cannot be blocks which can be expanded.
 
     Args:
-        weight: [O, row_bytes].
+        dtype: safetensors tag.
+        shape: As it is stored.
+        logical_shape: Of the numbers that it stands for.
+        encoding: What it is said to be.
+        name: For messages.
+
+    Raises:
+        IntegrityError: Its rows are not whole blocks, or not bytes.
+        UnsupportedModelError: The encoding is not one that is read.
+    """
+    elements, size = _block(encoding, name)
+    *rows, columns = logical_shape or (0,)
+    if dtype != "U8" or columns % elements or shape != (*rows, columns // elements * size):
+        raise IntegrityError(
+            f"{name} is said to be {list(logical_shape)} in {encoding} and stored as {dtype} {list(shape)}; blocks of "
+            f"{elements} numbers are {size} bytes, so the checkpoint is damaged"
+        )
+
+
+def _block(encoding: str, name: str) -> tuple[int, int]:
+    if encoding not in BLOCKS:
+        raise UnsupportedModelError(f"{name} is encoded as {encoding}; the runner reads {', '.join(BLOCKS)}")
+    return BLOCKS[encoding]
+
+
+def shape(weight: Tensor, encoding: str, name: str) -> tuple[int, ...]:
+    """Give the shape of what rows of blocks stand for; what is no whole block is left out.
+
+    Args:
+        weight: [..., O, row_bytes].
         encoding: Of BLOCKS.
         name: For messages.
+
+    Returns:
+        (..., O, I).
 
     Raises:
         UnsupportedModelError: The encoding is not one that is read.
     """
-    if encoding not in BLOCKS:
-        raise UnsupportedModelError(f"{name} is encoded as {encoding}; the runner reads {', '.join(BLOCKS)}")
-    columns, size = BLOCKS[encoding]
-    rows, row_bytes = weight.shape
-    return rows, row_bytes // size * columns
+    columns, size = _block(encoding, name)
+    *rows, row_bytes = weight.shape
+    return *rows, row_bytes // size * columns
 
 
 def check(weight: Tensor, encoding: str, name: str) -> None:

@@ -99,35 +99,37 @@ class WeightStore:
         found = self._dense.group(group_of(name)).get(name)
         if found is None:
             location = self._contents.locate(name)  # refuses what the checkpoint does not have
-            return torch.empty(location.shape, dtype=dtype_of(name, location.dtype))  # it has no bytes
+            # It has no bytes.
+            return torch.empty(location.shape, dtype=dtype_of(name, location.dtype, location.encoding))
         return found
 
     def matrix(self, prefix: str) -> Matrix:
-        """``prefix.weight``, with ``prefix.weight_scale_inv`` when it is stored in FP8.
+        """``prefix.weight`` as it is stored, with ``prefix.weight_scale_inv`` when that is FP8.
 
         Raises:
             ManifestError: The weight, or its scales, are not in the checkpoint.
             Others: See `tensor`.
         """
-        weight, scale_name = self.tensor(f"{prefix}.weight"), f"{prefix}.weight_scale_inv"
-        return stored_matrix(prefix, weight, self.tensor(scale_name) if scale_name in self else None)
+        name, scale_name = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
+        scale = self.tensor(scale_name) if scale_name in self else None
+        return stored_matrix(prefix, self.tensor(name), scale, self._contents.encoding(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape of a tensor, which is not read for it.
+        """The shape of what a tensor stands for; it is not read for it.
 
         Raises:
             ManifestError: The checkpoint has no such tensor.
         """
-        return self._contents.locate(name).shape
+        return self._contents.locate(name).logical_shape
 
-    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
-        """Some rows of a matrix, [len(ids), columns] in its stored dtype; no others are read.
+    def rows(self, name: str, ids: Sequence[int]) -> Matrix:
+        """Some rows of a matrix as they are stored, len(ids) of them; no others are read.
 
         Raises:
             See `tensor`.
         """
         location = self._contents.locate(name)
-        dtype = dtype_of(name, location.dtype)
+        dtype = dtype_of(name, location.dtype, location.encoding)
         row_bytes = location.shape[1] * dtype.itemsize
         found = bytearray(len(ids) * row_bytes)
         view = memoryview(found)
@@ -141,7 +143,8 @@ class WeightStore:
                 if count < row_bytes:
                     raise IntegrityError(f"{location.path}: ends at byte {at + count}; it was cut while in use")
         self._rows_read += len(found)
-        return torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+        rows = torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+        return Matrix(weight=rows, scale=None, name=name, encoding=location.encoding)
 
     def dense_tensors(self) -> Iterator[Tensor]:
         """All dense weights that are in memory."""
