@@ -15,6 +15,7 @@ from torch import Tensor
 from manifests.errors import IntegrityError, ManifestError
 from manifests.names import expert_prefix
 from manifests.schema import PLAIN
+from runner import split_kv
 from runner.fp8 import Matrix, Mlp, check, dequantize, stored_matrix, widen
 
 
@@ -83,6 +84,29 @@ class Parameters:
             ManifestError: It is FP8, and config.json gives no block size.
         """
         return self._sized(replace(self._weights.matrix(prefix), name=f"{prefix}.weight"), rows, columns)
+
+    def kv_b(self, prefix: str, heads: int, sizes: tuple[int, int], latent: int) -> Matrix:
+        """Give ``kv_b_proj`` below ``prefix``, whole or made of its halves.
+
+        Args:
+            prefix: Such as "model.layers.3.self_attn".
+            heads: H.
+            sizes: Rows of each head that make keys, N, and those that make values, V.
+            latent: C.
+
+        Returns:
+            [H * (N+V), C].
+
+        Raises:
+            IntegrityError: It, or a half, has another shape.
+            Others: See `matrix`.
+        """
+        nope, value = sizes
+        if (parts := split_kv.halves(f"{prefix}.kv_b_proj.weight", self._weights)) is not None:
+            # Before they are joined: their sum could be right and its parts not.
+            for name, shape in zip(parts, ((heads, latent, nope), (heads, value, latent)), strict=True):
+                check_shape(name, self._weights.shape(name), shape)
+        return self.matrix(f"{prefix}.kv_b_proj", heads * (nope + value), latent)
 
     def vector(self, name: str, size: int) -> Tensor:
         """Give a small plain tensor as [size] float32, where a float may lie.

@@ -9,6 +9,7 @@ Shapes: O rows, I numbers in a row.
 Source: the types that quants.py of the package gguf 0.19 expands.
 """
 
+import importlib.util
 from types import MappingProxyType
 
 import torch
@@ -97,6 +98,23 @@ def check(weight: Tensor, encoding: str, name: str) -> None:
         )
 
 
+def need_package(name: str, encoding: str) -> None:
+    """Refuse blocks where the package that expands them is not installed; it is not imported for this.
+
+    Raises:
+        ToolkitError: It is not.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise _missing_package(name, encoding)
+
+
+def _missing_package(name: str, encoding: str) -> ToolkitError:
+    return ToolkitError(
+        f"{name} is encoded as {encoding}, and expanding it needs the package gguf; "
+        "install it with: pip install 'expert-reshard[gguf]'"
+    )
+
+
 def expand(weight: Tensor, encoding: str, name: str) -> Tensor:
     """Expand rows of blocks, which were checked, to [O, I] float32, exactly as ggml defines them.
 
@@ -106,10 +124,7 @@ def expand(weight: Tensor, encoding: str, name: str) -> Tensor:
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError as error:
-        raise ToolkitError(
-            f"{name} is encoded as {encoding}, and expanding it needs the package gguf; "
-            "install it with: pip install 'expert-reshard[gguf]'"
-        ) from error
+        raise _missing_package(name, encoding) from error
     if not weight.numel():
         return torch.empty(shape(weight, encoding, name))
     return torch.from_numpy(quants.dequantize(weight.contiguous().numpy(), GGMLQuantizationType[encoding]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ToolkitError
+from runner import split_kv
 from runner.background import Background
 from runner.contents import Contents, group_of
 from runner.dense import DenseWeights
@@ -64,6 +65,7 @@ class WeightStore:
             policy=Policy(),
         )
         self._rows_read = 0
+        self._joined: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._contents
@@ -83,7 +85,9 @@ class WeightStore:
             expert_hits=counters.hits,
             expert_misses=counters.misses,
             wait_s=self._dense.wait_s + counters.wait_s,
-            resident_bytes=self._window.held_bytes + self._dense.read_bytes,
+            resident_bytes=self._window.held_bytes
+            + self._dense.read_bytes
+            + sum(tensor.nbytes for tensor in self._joined.values()),
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -106,11 +110,18 @@ class WeightStore:
     def matrix(self, prefix: str) -> Matrix:
         """``prefix.weight`` as it is stored, with ``prefix.weight_scale_inv`` when that is FP8.
 
+        What the checkpoint has in two halves is made of them, and kept; see `runner.split_kv`.
+
         Raises:
             ManifestError: The weight, or its scales, are not in the checkpoint.
-            Others: See `tensor`.
+            Others: See `tensor` and `dequantize`.
         """
         name, scale_name = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
+        if (parts := split_kv.halves(name, self)) is not None:
+            if name not in self._joined:
+                k_b, v_b = (self.matrix(part.removesuffix(".weight")) for part in parts)
+                self._joined[name] = split_kv.join(k_b, v_b)
+            return Matrix(weight=self._joined[name], scale=None, name=name)
         scale = self.tensor(scale_name) if scale_name in self else None
         return stored_matrix(prefix, self.tensor(name), scale, self._contents.encoding(name))
 
@@ -147,8 +158,10 @@ class WeightStore:
         return Matrix(weight=rows, scale=None, name=name, encoding=location.encoding)
 
     def dense_tensors(self) -> Iterator[Tensor]:
-        """All dense weights that are in memory."""
-        return self._dense.tensors()
+        """All dense weights that are in memory and that products read."""
+        used_up = {part for name in self._joined for part in split_kv.halves(name, self) or ()}
+        yield from (tensor for name, tensor in self._dense.tensors() if name not in used_up)
+        yield from self._joined.values()
 
     def forget_cached(self, experts: Sequence[Key]) -> None:
         """Ask the system to put these experts' files out of its cache; those that are mapped stay."""
