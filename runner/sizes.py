@@ -48,7 +48,7 @@ def plan_memory(
         ram=ram,
         ctx=ctx,
         here=machine.examine(),
-        process=machine.resident_bytes() + tokenizer_bytes(contents.root),  # it is read later
+        process=machine.resident_bytes() + tokenizer_bytes(contents.auxiliary),  # it is read later
         is_compiled=kernels.library() is not None,
     )
 
