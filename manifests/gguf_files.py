@@ -69,19 +69,35 @@ def read_file(path: Path) -> GgufModel:
     return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (0, 1))
 
 
-def read_folder(folder: Path, names: Sequence[str]) -> GgufModel:
+def set_names(name: str) -> list[str]:
+    """Names of all files of the model that has one of this name, in order: itself, or those of its split set."""
+    match = _PART.fullmatch(name)
+    if match is None or not int(match[3]):
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, int(match[3]) + 1)]
+
+
+def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header] | None = None) -> GgufModel:
     """The model whose files these are: one file, or a whole split set.
 
     Args:
         folder: Where they are.
         names: What `find_gguf` found, one or more.
+        absent: Headers of files that need not be there any more.
 
     Raises:
         SourceNotFoundError: Files of the set are missing, or these are files of several models.
         ManifestError: A file is not what the format allows, or the files are not of one set.
     """
-    parts = _order_parts(folder, names)
-    headers = {name: read_gguf(resolve_inside(folder, name)) for name in parts}
+    absent = absent or {}
+    parts = _order_parts(folder, sorted({*names, *absent}))
+
+    def read(name: str) -> GgufHeader:
+        if (known := absent.get(name)) is not None:
+            return parse_gguf(known.raw, file_bytes=known.file_bytes, what=f"saved header of {name}")
+        return read_gguf(resolve_inside(folder, name))
+
+    headers = {name: read(name) for name in parts}
     tensors = sum(len(header.tensors) for header in headers.values())
     for number, (name, header) in enumerate(headers.items()):
         facts = {"split.no": number, "split.count": len(parts), "split.tensors.count": tensors}
@@ -101,8 +117,8 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
     matches = [_PART.fullmatch(name) for name in names]
     sets = {(match[1], int(match[3])) for match in matches if match is not None}
     if None not in matches and len(sets) == 1:
-        prefix, count = sets.pop()
-        expected = [f"{prefix}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
+        _, count = sets.pop()
+        expected = set_names(names[0])
         present = set(names)
         missing = [name for name in expected if name not in present]
         if missing:
@@ -230,6 +246,12 @@ def _check_unique(what: str, shards: Mapping[str, Header]) -> None:
                     f"{path}; a name must be there once"
                 )
             seen.add(tensor.name)
+
+
+def tokenizer_of(first: Header) -> dict[str, bytes]:
+    """The files of a model's tokenizer by name, out of its first file; see `manifests.gguf_tokenizer`."""
+    found = parse_gguf(first.raw, file_bytes=first.file_bytes, what="the saved header")
+    return tokenizer_documents(found.metadata)
 
 
 def with_gaps(path: Path, header: Header) -> Header:

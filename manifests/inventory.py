@@ -301,14 +301,17 @@ def open(path: str | Path) -> Checkpoint:
     if (path / MANIFEST_NAME).exists():
         return Checkpoint(path, load(path))
     check_finished(path)
-    if not _has_safetensors(path) and (names := gguf_files.find_gguf(path)):
+    if names := find_gguf(path):
         return _open_gguf(path, gguf_files.read_folder(path, names))
     shards = read_shards(path)
     return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
 
 
-def _has_safetensors(folder: Path) -> bool:
-    return (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir())
+def find_gguf(folder: Path) -> list[str]:
+    """Names of the GGUF files of a folder, sorted; none where it has safetensors, for it is then that checkpoint's."""
+    if (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir()):
+        return []
+    return gguf_files.find_gguf(folder)
 
 
 def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
