@@ -18,6 +18,8 @@ from manifests.ggml import BlockType
 from manifests.gguf import GgufHeader, GgufTensor, read_gguf
 from manifests.gguf_config import ARCHITECTURE_KEY, hugging_face_config
 from manifests.gguf_names import ARCHITECTURE, Stack, to_hugging_face
+from manifests.gguf_tokenizer import NAMES as TOKENIZER_NAMES
+from manifests.gguf_tokenizer import tokenizer_documents
 from manifests.paths import Kind
 from manifests.safety import resolve_inside
 from manifests.schema import PLAIN, FileEntry, TensorEntry
@@ -39,11 +41,14 @@ class GgufModel:
         files: One entry a file, in the order of the set.
         architecture: What the metadata calls it; None where it does not, or for one file of a set.
         config: Gives its config.json, which may be refused; see `manifests.gguf_config`. Empty for one file of a set.
+        auxiliary: Gives the files of its tokenizer by name, each of which may be refused or None; see
+            `manifests.gguf_tokenizer`. None of them for one file of a set.
     """
 
     files: tuple[FileEntry, ...]
     architecture: str | None
     config: Callable[[], Mapping[str, Any]]
+    auxiliary: Mapping[str, Callable[[], bytes | None]]
 
 
 def find_gguf(folder: Path) -> list[str]:
@@ -60,7 +65,7 @@ def read_file(path: Path) -> GgufModel:
     """
     header = read_gguf(path)
     count = header.metadata.get("split.count", 1)
-    return _describe({path.name: header}, what=str(path), is_whole=count in (0, 1))
+    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (0, 1))
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> GgufModel:
@@ -87,7 +92,7 @@ def read_folder(folder: Path, names: Sequence[str]) -> GgufModel:
                     f"{folder / name}: has {key} {found!r:.40}, which must be {expected} for these files; they are not "
                     "one split set, download them again"
                 )
-    return _describe(headers, what=str(folder), is_whole=True)
+    return _describe(headers, folder, what=str(folder), is_whole=True)
 
 
 def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
@@ -113,14 +118,15 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
     )
 
 
-def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -> GgufModel:
-    metadata = next(iter(headers.values())).metadata
+def _describe(headers: Mapping[str, GgufHeader], folder: Path, *, what: str, is_whole: bool) -> GgufModel:
+    first, header = next(iter(headers.items()))
+    metadata = header.metadata
     architecture = metadata.get(ARCHITECTURE_KEY)
     translate = architecture == ARCHITECTURE
     files = tuple(_describe_file(name, header, what, translate=translate) for name, header in headers.items())
     _check_unique(what, files)
     if not is_whole:
-        return GgufModel(files=files, architecture=None, config=dict)
+        return GgufModel(files=files, architecture=None, config=dict, auxiliary={})
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     config = partial(
         hugging_face_config,
@@ -133,7 +139,17 @@ def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -
         has_router_bias=any(name.endswith(".exp_probs_b.bias") for name in names),
         has_head="output.weight" in names,
     )
-    return GgufModel(files=files, architecture=architecture if isinstance(architecture, str) else None, config=config)
+    return GgufModel(
+        files=files,
+        architecture=architecture if isinstance(architecture, str) else None,
+        config=config,
+        auxiliary={name: partial(_read_tokenizer, folder, first, name) for name in TOKENIZER_NAMES},
+    )
+
+
+def _read_tokenizer(folder: Path, first: str, name: str) -> bytes | None:
+    # The header is read again, so that the vocabulary is in memory only while it is asked for.
+    return tokenizer_documents(read_gguf(resolve_inside(folder, first)).metadata).get(name)
 
 
 def _describe_file(name: str, header: GgufHeader, what: str, *, translate: bool) -> FileEntry:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests import gguf_files
+from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
@@ -102,11 +103,24 @@ class Checkpoint:
         root: Its folder.
         manifest: What it holds.
         config: Gives its config where that is not the folder's config.json.
+        auxiliary: Its small files where not all of them are the folder's own.
+
+    Attributes:
+        root: As given.
+        manifest: As given.
+        auxiliary: Its small files: tokenizer and settings.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, config: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        config: Callable[[], Mapping[str, Any]] | None = None,
+        auxiliary: Auxiliary | None = None,
+    ) -> None:
         self.root = root
         self.manifest = manifest
+        self.auxiliary = auxiliary or Auxiliary(root)
         self._read_config = config or partial(read_config, root)
         self._paths: dict[str, Path] = {}
 
@@ -303,7 +317,9 @@ def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
     except (ManifestError, UnsupportedModelError):
         # Said to whoever asks for the config; what tensors there are can be told without it.
         facts = model_facts({"model_type": model.architecture})
-    return Checkpoint(root, Manifest(layout="in_place", model=facts, files=model.files), model.config)
+    manifest = Manifest(layout="in_place", model=facts, files=model.files)
+    auxiliary = Auxiliary(root, model.auxiliary, derived_from=model.files[0].header_size)
+    return Checkpoint(root, manifest, model.config, auxiliary)
 
 
 def check_finished(folder: Path) -> None:

@@ -241,7 +241,7 @@ def _examine_model(
             found.notes.append("no chat template: `runner generate` works, `runner chat` does not")
         if not text.eos_ids:
             found.notes.append("no end-of-text token is named: generation ends only at -n, --stop or --ctx")
-    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.root, "generation_config.json"))
+    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.auxiliary, "generation_config.json"))
     if generation is not None:
         sampling = found.attempt("sampling", lambda: choose_sampling(generation, {}))
         if sampling is not None:

@@ -160,6 +160,7 @@ class LoadedModel:
                 "without its scales it has no value, download the checkpoint again"
             )
         config = ModelConfig.from_dict(checkpoint.config)
+        self._checkpoint = checkpoint
         self.root = checkpoint.root
         self.io = io or default_io()
         self.contents = contents = Contents(checkpoint)
@@ -236,7 +237,7 @@ class LoadedModel:
     @cached_property
     def text(self) -> Text:
         """The tokenizer; read on first use, because whoever works with ids needs none."""
-        return Text.from_checkpoint(self.root)
+        return Text.from_checkpoint(self._checkpoint)
 
     def speculation_document(self) -> dict[str, Any]:
         """What speculation did, for ``--json``; the keys are a promise."""
@@ -253,7 +254,7 @@ class LoadedModel:
             ManifestError: generation_config.json has a value that cannot be used.
             ToolkitError: A given value cannot be used.
         """
-        return choose_sampling(read_optional_json(self.root, "generation_config.json"), given)
+        return choose_sampling(read_optional_json(self._checkpoint.auxiliary, "generation_config.json"), given)
 
     def start(
         self,
@@ -356,7 +357,7 @@ def plan_memory(
         ram=ram,
         ctx=ctx,
         here=machine.examine(),
-        process=machine.resident_bytes() + tokenizer_bytes(contents.root),  # it is read later
+        process=machine.resident_bytes() + tokenizer_bytes(contents.auxiliary),  # it is read later
         is_compiled=kernels.library() is not None,
     )
 

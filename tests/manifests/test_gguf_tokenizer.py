@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import manifests
 from manifests.errors import ManifestError, UnsupportedModelError
 from manifests.gguf import read_gguf
 from manifests.gguf_pretokenizers import find_pre_tokenizer
@@ -308,3 +309,22 @@ def test_what_is_not_known_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         documents_of(metadata, **change(metadata))
+
+
+# --- through a checkpoint ---
+
+
+def test_a_checkpoint_has_the_files_of_its_gguf_file(originals: dict[str, Tokenizer], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_tokenizer(path, originals["deepseek-v3"], "deepseek-v3")
+    expected = tokenizer_documents(read_gguf(path).metadata)
+    for opened in (manifests.open(path), manifests.open(tmp_path)):
+        auxiliary = opened.auxiliary
+        for name, raw in expected.items():
+            assert auxiliary.read(name, max_bytes=1) == raw  # the limit is for files
+            assert auxiliary.where(name) == f"{name} of the GGUF file in {tmp_path}"
+        assert auxiliary.read("generation_config.json", max_bytes=1) is None
+        assert auxiliary.derived_from == path.stat().st_size
+    (tmp_path / "tokenizer.json").write_bytes(b"its own")
+    assert auxiliary.read("tokenizer.json", max_bytes=10) == b"its own"
+    assert auxiliary.read("tokenizer_config.json", max_bytes=10) == expected["tokenizer_config.json"]
