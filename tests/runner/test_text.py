@@ -158,10 +158,12 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
 def test_files_beside_a_gguf_file_win(tmp_path: Path, text_folder: Folder, tokenizer: Tokenizer) -> None:
     write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3")
     (tmp_path / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}', encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     text = Text.from_checkpoint(manifests.open(tmp_path))
     assert text.encode("abc") == [0, *tokenizer.encode("abc").ids]
-    assert text.eos_ids == {1, 2}
+    assert text.eos_ids == {1}  # what the GGUF file says in place of config.json
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}', encoding="utf-8")
+    assert Text.from_checkpoint(manifests.open(tmp_path)).eos_ids == {1, 2}
 
 
 def test_a_fault_of_a_gguf_files_template_names_the_file(tmp_path: Path) -> None:
