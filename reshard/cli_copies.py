@@ -39,7 +39,9 @@ SHOWN_NAMES = 5
 
 @click.command()
 @folder_argument("dst")
-@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source: its folder, or a GGUF file.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Also compare with the source: its folder, or a GGUF file."
+)
 @jobs_option
 @events_option
 @quiet_option
