@@ -39,9 +39,7 @@ SHOWN_NAMES = 5
 
 @click.command()
 @folder_argument("dst")
-@click.option(
-    "--against", type=click.Path(path_type=Path), help="Also compare with the source, a folder or GGUF file."
-)
+@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source, a folder or GGUF file.")
 @jobs_option
 @events_option
 @quiet_option
