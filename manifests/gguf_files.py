@@ -19,6 +19,8 @@ from manifests.ggml import BlockType
 from manifests.gguf import GgufHeader, GgufTensor, parse_gguf, read_gguf
 from manifests.gguf_config import ARCHITECTURE_KEY, hugging_face_config
 from manifests.gguf_names import ARCHITECTURE, Stack, to_hugging_face
+from manifests.gguf_tokenizer import NAMES as TOKENIZER_NAMES
+from manifests.gguf_tokenizer import tokenizer_documents
 from manifests.header import Gap, Header, HeaderTensor
 from manifests.safety import resolve_inside
 from manifests.schema import PLAIN
@@ -40,11 +42,14 @@ class GgufModel:
         shards: Each file as a header under Hugging Face's names, in the order of the set; its gaps were not read.
         architecture: What the metadata calls it; None where it does not, or for one file of a set.
         config: Gives its config.json, which may be refused; see `manifests.gguf_config`. Empty for one file of a set.
+        auxiliary: Gives the files of its tokenizer by name, each of which may be refused or None; see
+            `manifests.gguf_tokenizer`. None of them for one file of a set.
     """
 
     shards: Mapping[str, Header]
     architecture: str | None
     config: Callable[[], Mapping[str, Any]]
+    auxiliary: Mapping[str, Callable[[], bytes | None]]
 
 
 def find_gguf(folder: Path) -> list[str]:
@@ -61,22 +66,38 @@ def read_file(path: Path) -> GgufModel:
     """
     header = read_gguf(path)
     count = header.metadata.get("split.count", 1)
-    return _describe({path.name: header}, what=str(path), is_whole=count in (0, 1))
+    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (0, 1))
 
 
-def read_folder(folder: Path, names: Sequence[str]) -> GgufModel:
+def set_names(name: str) -> list[str]:
+    """Names of all files of the model that has one of this name, in order: itself, or those of its split set."""
+    match = _PART.fullmatch(name)
+    if match is None or not int(match[3]):
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, int(match[3]) + 1)]
+
+
+def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header] | None = None) -> GgufModel:
     """The model whose files these are: one file, or a whole split set.
 
     Args:
         folder: Where they are.
         names: What `find_gguf` found, one or more.
+        absent: Headers of files that need not be there any more.
 
     Raises:
         SourceNotFoundError: Files of the set are missing, or these are files of several models.
         ManifestError: A file is not what the format allows, or the files are not of one set.
     """
-    parts = _order_parts(folder, names)
-    headers = {name: read_gguf(resolve_inside(folder, name)) for name in parts}
+    absent = absent or {}
+    parts = _order_parts(folder, sorted({*names, *absent}))
+
+    def read(name: str) -> GgufHeader:
+        if (known := absent.get(name)) is not None:
+            return parse_gguf(known.raw, file_bytes=known.file_bytes, what=f"saved header of {name}")
+        return read_gguf(resolve_inside(folder, name))
+
+    headers = {name: read(name) for name in parts}
     tensors = sum(len(header.tensors) for header in headers.values())
     for number, (name, header) in enumerate(headers.items()):
         facts = {"split.no": number, "split.count": len(parts), "split.tensors.count": tensors}
@@ -88,7 +109,7 @@ def read_folder(folder: Path, names: Sequence[str]) -> GgufModel:
                     f"{folder / name}: has {key} {found!r:.40}, which must be {expected} for these files; they are not "
                     "one split set, download them again"
                 )
-    return _describe(headers, what=str(folder), is_whole=True)
+    return _describe(headers, folder, what=str(folder), is_whole=True)
 
 
 def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
@@ -96,8 +117,8 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
     matches = [_PART.fullmatch(name) for name in names]
     sets = {(match[1], int(match[3])) for match in matches if match is not None}
     if None not in matches and len(sets) == 1:
-        prefix, count = sets.pop()
-        expected = [f"{prefix}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
+        _, count = sets.pop()
+        expected = set_names(names[0])
         present = set(names)
         missing = [name for name in expected if name not in present]
         if missing:
@@ -114,12 +135,13 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
     )
 
 
-def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -> GgufModel:
-    metadata = next(iter(headers.values())).metadata
+def _describe(headers: Mapping[str, GgufHeader], folder: Path, *, what: str, is_whole: bool) -> GgufModel:
+    first, header = next(iter(headers.items()))
+    metadata = header.metadata
     architecture = metadata.get(ARCHITECTURE_KEY)
     shards = _translated(headers, what)
     if not is_whole:
-        return GgufModel(shards=shards, architecture=None, config=dict)
+        return GgufModel(shards=shards, architecture=None, config=dict, auxiliary={})
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     config = partial(
         hugging_face_config,
@@ -132,7 +154,17 @@ def _describe(headers: Mapping[str, GgufHeader], *, what: str, is_whole: bool) -
         has_router_bias=any(name.endswith(".exp_probs_b.bias") for name in names),
         has_head="output.weight" in names,
     )
-    return GgufModel(shards=shards, architecture=architecture if isinstance(architecture, str) else None, config=config)
+    return GgufModel(
+        shards=shards,
+        architecture=architecture if isinstance(architecture, str) else None,
+        config=config,
+        auxiliary={name: partial(_read_tokenizer, folder, first, name) for name in TOKENIZER_NAMES},
+    )
+
+
+def _read_tokenizer(folder: Path, first: str, name: str) -> bytes | None:
+    # The header is read again, so that the vocabulary is in memory only while it is asked for.
+    return tokenizer_documents(read_gguf(resolve_inside(folder, first)).metadata).get(name)
 
 
 def _translated(headers: Mapping[str, GgufHeader], what: str) -> dict[str, Header]:
@@ -214,6 +246,12 @@ def _check_unique(what: str, shards: Mapping[str, Header]) -> None:
                     f"{path}; a name must be there once"
                 )
             seen.add(tensor.name)
+
+
+def tokenizer_of(first: Header) -> dict[str, bytes]:
+    """The files of a model's tokenizer by name, out of its first file; see `manifests.gguf_tokenizer`."""
+    found = parse_gguf(first.raw, file_bytes=first.file_bytes, what="the saved header")
+    return tokenizer_documents(found.metadata)
 
 
 def with_gaps(path: Path, header: Header) -> Header:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests import gguf_files
+from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.ggml import BLOCK_TYPES
 from manifests.header import MAX_FILE_BYTES, Header, read_header
@@ -104,11 +105,24 @@ class Checkpoint:
         root: Its folder.
         manifest: What it holds.
         config: Gives its config where that is not the folder's config.json.
+        auxiliary: Its small files where not all of them are the folder's own.
+
+    Attributes:
+        root: As given.
+        manifest: As given.
+        auxiliary: Its small files: tokenizer and settings.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, config: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        config: Callable[[], Mapping[str, Any]] | None = None,
+        auxiliary: Auxiliary | None = None,
+    ) -> None:
         self.root = root
         self.manifest = manifest
+        self.auxiliary = auxiliary or Auxiliary(root)
         self._read_config = config or partial(read_config, root)
         self._paths: dict[str, Path] = {}
 
@@ -289,14 +303,17 @@ def open(path: str | Path) -> Checkpoint:
     if (path / MANIFEST_NAME).exists():
         return Checkpoint(path, load(path))
     check_finished(path)
-    if not _has_safetensors(path) and (names := gguf_files.find_gguf(path)):
+    if names := find_gguf(path):
         return _open_gguf(path, gguf_files.read_folder(path, names))
     shards = read_shards(path)
     return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
 
 
-def _has_safetensors(folder: Path) -> bool:
-    return (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir())
+def find_gguf(folder: Path) -> list[str]:
+    """Names of the GGUF files of a folder, sorted; none where it has safetensors, for it is then that checkpoint's."""
+    if (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir()):
+        return []
+    return gguf_files.find_gguf(folder)
 
 
 def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
@@ -305,7 +322,8 @@ def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
     except (ManifestError, UnsupportedModelError):
         # Said to whoever asks for the config; what tensors there are can be told without it.
         facts = model_facts({"model_type": model.architecture})
-    return Checkpoint(root, _in_place(model.shards, facts), model.config)
+    auxiliary = Auxiliary(root, model.auxiliary, derived_from=len(next(iter(model.shards.values())).raw))
+    return Checkpoint(root, _in_place(model.shards, facts), model.config, auxiliary)
 
 
 def check_finished(folder: Path) -> None:

@@ -32,7 +32,7 @@ from reshard.disk import measure_read_rate
 from reshard.forecast import hole_bytes, largest_shard, share_of_disk
 from reshard.plan import Plan
 from reshard.run import Outcome, check_consume, reshard_checkpoint
-from reshard.source import SourceCheckpoint
+from reshard.source import SourceCheckpoint, source_root
 
 SAMPLE_SHARE = 64
 """To measure the disk before a run, this fraction of the payload is read: a hundredth of the run's time or less."""
@@ -100,15 +100,15 @@ def run(
     if dry_run and discard:
         raise click.UsageError("--dry-run writes nothing, and --discard removes what is there: leave out one of them")
     events, selection = EventStream(enabled=as_json), Selection(layers=layers, experts=experts)
-    is_confirmed = False
-    if discard and discarding.check_discardable(src, dst):
+    is_confirmed, root = False, source_root(src)
+    if discard and discarding.check_discardable(root, dst):
         # Nothing goes for a command that is refused or not meant.
         source, planned, _ = look(src, None, selection)
         is_confirmed = _confirm(source, planned, consume=consume, yes=yes)
-        discarding.discard(src, dst)
+        discarding.discard(root, dst)
     elif not dry_run:
         # All was there before it became this: then the command goes on as with any complete checkpoint.
-        require_folder(src, "give the folder that holds the checkpoint's shards")
+        require_folder(root, "give the folder that holds the checkpoint's shards, or a GGUF file")
         finish_packing(dst, events, quiet=quiet)
     source, planned, earlier = look(src, dst, selection)
     if dry_run:
@@ -143,7 +143,7 @@ def run(
                 known=earlier,
             )
     seconds = time.perf_counter() - started
-    shares_disk = same_disk(src, dst)
+    shares_disk = same_disk(root, dst)
     share = None
     if read_rate is not None:
         share = share_of_disk(outcome.moved_bytes, seconds, read_rate=read_rate, shares_disk=shares_disk)
@@ -167,7 +167,7 @@ def run(
     elif as_json:
         events.end(result)
     if not (as_json or quiet):
-        if consume and any((src / shard).exists() for shard in source.shards):
+        if consume and any((root / shard).exists() for shard in source.shards):
             why = f"{printable(str(dst))} was complete before; prove it, and delete {printable(str(src))} yourself"
             remarks.append(f"nothing was freed, for {why}")
         _advise(dst, planned, remarks)

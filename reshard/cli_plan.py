@@ -18,7 +18,7 @@ from reshard.forecast import Estimate, estimate_reshard, hashing_cores, hole_byt
 from reshard.plan import Plan, make_plan
 from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
 from reshard.run import check_consume, consume_peak_bytes, needed_by_consuming
-from reshard.source import SourceCheckpoint, read_source
+from reshard.source import SourceCheckpoint, read_source, source_root
 from reshard.workers import STREAM_JOBS
 
 SHOWN_NAMES = 5
@@ -55,7 +55,7 @@ def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheck
     earlier = Earlier()
     if dst is not None:
         check_apart(src, dst)
-        earlier = find_earlier(src, dst)
+        earlier = find_earlier(source_root(src), dst)
         if dst.is_dir() and earlier.journal is None and earlier.manifest is None:
             check_empty(dst)
     source = read_source(src, earlier.freed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from manifests.console import format_bytes, format_seconds
+from manifests.console import counted, format_bytes, format_seconds
 from manifests.errors import ResourceError, ToolkitError
 from manifests.schema import Selection
 from reshard.consume import same_disk
@@ -36,7 +36,7 @@ from reshard.lock import lock_folder
 from reshard.plan import Plan, make_plan
 from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
 from reshard.run import check_consume, consume_peak_bytes, needed_bytes
-from reshard.source import SourceCheckpoint, read_source
+from reshard.source import SourceCheckpoint, read_source, source_root
 from reshard.workers import STREAM_JOBS
 
 T = TypeVar("T")
@@ -146,7 +146,8 @@ class _Examination:
     """One look at one source and one destination."""
 
     def __init__(self, source: Path, destination: Path) -> None:
-        self._root = source
+        self._source_path = source
+        self._root = source_root(source)
         self._destination = destination
         self._report = Report(source=source, destination=destination)
         self._facts = self._report.facts
@@ -189,20 +190,20 @@ class _Examination:
         self._report.checks.append(Check(topic=topic, state=state, message=message, exit_code=exit_code))
 
     def _check_source(self) -> tuple[SourceCheckpoint, Plan]:
-        source = read_source(self._root, self._earlier.freed)
+        source = read_source(self._source_path, self._earlier.freed)
         plan = make_plan(source, Selection())
         facts = self._facts
         facts.shards, facts.payload_bytes, facts.files = len(source.shards), plan.payload_bytes, len(plan.files)
         facts.tensors = sum(len(file.tensors) for file in plan.files)
-        size = format_bytes(plan.payload_bytes)
-        self._add("source", "ok", f"{self._root}: {facts.shards} shards, {facts.tensors:,} tensors, {size}")
+        shards, size = counted(facts.shards, "shard"), format_bytes(plan.payload_bytes)
+        self._add("source", "ok", f"{self._source_path}: {shards}, {facts.tensors:,} tensors, {size}")
         # All of it, unless the destination is found to hold some.
         self._remaining = find_remaining(source, plan, Earlier(), None)
         return source, plan
 
     def _check_destination(self, planned: tuple[SourceCheckpoint, Plan] | None) -> bool:
         destination, earlier = self._destination, self._earlier
-        check_apart(self._root, destination)
+        check_apart(self._source_path, destination)
         is_new = not destination.exists()
         if not is_new:
             with lock_folder(destination):

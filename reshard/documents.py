@@ -30,6 +30,7 @@ def write_kept(source: SourceCheckpoint, destination: Path) -> list[Document]:
     documents = [
         _copy_auxiliary(destination, resolve_inside(source.root, file.path), file.path) for file in source.auxiliary
     ]
+    documents += [_write_own(destination, path, "generated", content) for path, content in source.generated.items()]
     for shard, path in header_paths(source.shards).items():
         documents.append(_write_packed(destination, path, "source_header", shard, source.shards[shard].rest))
     if source.index is not None:
@@ -52,14 +53,19 @@ def write_index(files: Iterable[tuple[str, Iterable[tuple[str, int]]]], destinat
             total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     data = json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
-    _write(destination / INDEX_NAME, data)
-    sha256 = sha256_hex(data)
+    return _write_own(destination, INDEX_NAME, "index", data)
+
+
+def _write_own(destination: Path, path: str, role: str, content: bytes) -> Document:
+    """What the source has in no file."""
+    _write(destination / path, content)
+    sha256 = sha256_hex(content)
     return Document(
-        path=INDEX_NAME,
-        role="index",
-        size=len(data),
+        path=path,
+        role=role,
+        size=len(content),
         sha256=sha256,
-        content_size=len(data),
+        content_size=len(content),
         content_sha256=sha256,
         source_name=None,
     )

@@ -15,16 +15,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manifests import gguf_files
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.header import HeaderTensor, encode_header, read_header
-from manifests.inventory import Checkpoint, Location
+from manifests.inventory import CONFIG_NAME, Checkpoint, Location
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, TensorEntry
 from manifests.storage import sync_folder
 from reshard.archive import UnpackingReader, pack, unpack_blocks, write_packed
 from reshard.blocks import Reader, Writer, new_block, temporary_path
 from reshard.documents import write_index
+from reshard.generated import config_document
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
 from reshard.saved import find_origins, read_document
@@ -168,12 +170,12 @@ class Rebuilder:
         """
         if document.role == "index":
             return Repaired(path=document.path, taken_bytes=0), self._rebuild_index(document)
-        stored = self._find_stored(document)
+        stored = None if document.role == "generated" and not self._is_copy else self._find_stored(document)
         if stored is not None:
             self._copy(stored, document.path, document.sha256, progress, stop)
             return Repaired(path=document.path, taken_bytes=document.size), document
         content = self._find_content(document)
-        packed = pack(content)
+        packed = content if document.codec == "none" else pack(content)
         with self._replace(document.path, 0) as writer:
             writer.write(packed, 0)
         progress.advance(len(packed))
@@ -284,6 +286,12 @@ class Rebuilder:
             "another copy"
         )
 
+    def _generate(self, document: Document) -> bytes:
+        """A file that GGUF files have inside."""
+        if document.path == CONFIG_NAME:
+            return config_document(self._source.config)
+        return self._source.auxiliary.read(document.path, max_bytes=document.content_size) or b""
+
     def _find_content(self, document: Document) -> bytes:
         """What a packed document holds, from a source that has it in another form."""
         root = self._source.root
@@ -292,13 +300,24 @@ class Rebuilder:
                 if other.content_sha256 == document.content_sha256:
                     return read_document(self._source, other)
             raise SourceNotFoundError(f"{root}: has no document with the content of {document.path}")
-        path = resolve_inside(root, document.source_name or document.path)
-        content = read_header(path).raw if document.role == "source_header" else path.read_bytes()
+        if document.role == "generated":
+            path, content = root / document.path, self._generate(document)
+        else:
+            path = resolve_inside(root, document.source_name or document.path)
+            content = _rest_of(path) if document.role == "source_header" else path.read_bytes()
         if sha256_hex(content) != document.content_sha256:
             raise IntegrityError(
                 f"{path}: is not the file that {document.path} in {self._root} was made from; give another copy"
             )
         return content
+
+
+def _rest_of(shard: Path) -> bytes:
+    """Every byte of a shard that is no tensor's."""
+    if shard.suffix != gguf_files.SUFFIX:
+        return read_header(shard).rest
+    (header,) = gguf_files.read_file(shard).shards.values()
+    return gguf_files.with_gaps(shard, header).rest
 
 
 def _open(path: Path, stored: FileEntry | Location) -> Reader | UnpackingReader:

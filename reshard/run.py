@@ -183,7 +183,7 @@ def reshard_checkpoint(
         ResourceError: Too little free space, found before anything is written where possible.
         ManifestError, IntegrityError: The source changed or is damaged, or the destination is.
     """
-    check_apart(source.root, destination)
+    check_apart(source.path, destination)
     if consume:
         check_consume(source, plan)
     with ExitStack() as locks:
@@ -388,7 +388,7 @@ class _Run:
             files=(),
             documents=tuple(sorted([*documents, index], key=lambda document: document.path)),
             source=Source(
-                kind="safetensors",
+                kind=self._source.kind,
                 shards=tuple(
                     Shard(name=shard, size=header.file_bytes, sha256=durable.shards.get(shard), header=paths[shard])
                     for shard, header in self._source.shards.items()

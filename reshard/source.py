@@ -1,19 +1,22 @@
 """What there is to reshard: shards with their headers, the index, config and auxiliary files of a folder.
 
+Shards are safetensors files or GGUF files, which have config and tokenizer inside.
 Reads headers and folder listings, never a tensor. What is found here is complete; the plan decides from it alone.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from manifests.errors import ManifestError
+from manifests import gguf_files
+from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.header import Header
-from manifests.inventory import SUFFIX, check_finished, read_config, read_shards
+from manifests.inventory import CONFIG_NAME, SUFFIX, check_finished, find_gguf, read_config, read_shards
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
 from manifests.safety import relative_fault, require_folder, resolve_inside
+from reshard.generated import config_document
 
 OTHER_WEIGHT_SUFFIXES = frozenset(
     {SUFFIX, ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".tflite"}
@@ -34,26 +37,37 @@ class SourceCheckpoint:
 
     Attributes:
         root: Its folder.
+        path: What was named: the folder, or a GGUF file in it, of which nothing else is taken but the rest of its set.
+        kind: What its shards are, one of `manifests.schema.SOURCE_KINDS`.
         shards: Headers by relative path, in source order.
         index: The bytes of model.safetensors.index.json; None when there is a single file without one.
-        config: config.json.
+        config: config.json, or what GGUF files say in its place.
         auxiliary: Files to copy as they are, sorted by path.
+        generated: Files that are made, by path, because a GGUF file has inside what they would say.
         left_out: What is not copied, each with its reason.
     """
 
     root: Path
+    path: Path
+    kind: str = "safetensors"
     shards: Mapping[str, Header]
     index: bytes | None
     config: Mapping[str, Any]
     auxiliary: tuple[AuxiliaryFile, ...]
+    generated: Mapping[str, bytes] = field(default_factory=dict)
     left_out: tuple[str, ...]
 
 
-def read_source(root: Path, freed: Mapping[str, Header] | None = None) -> SourceCheckpoint:
-    """Look at a checkpoint folder.
+def source_root(path: Path) -> Path:
+    """The folder of a source that is named by its folder or by a GGUF file, which may have been used up."""
+    return path.parent if path.suffix == gguf_files.SUFFIX and not path.is_dir() else path
+
+
+def read_source(path: Path, freed: Mapping[str, Header] | None = None) -> SourceCheckpoint:
+    """Look at a checkpoint.
 
     Args:
-        root: The folder.
+        path: Its folder, or a GGUF file.
         freed: Headers of shards that an earlier run used up, so that they are not there any more.
 
     Raises:
@@ -61,22 +75,82 @@ def read_source(root: Path, freed: Mapping[str, Header] | None = None) -> Source
         IncompleteError: The folder is being restored.
         ManifestError: Index, config or a header is invalid, or the folder is already resharded.
     """
-    require_folder(root, "give the folder that holds the checkpoint's shards")
+    root, freed = source_root(path), freed or {}
+    if root != path:
+        names = gguf_files.set_names(path.name)
+        there = [name for name in names if (root / name).is_file()]
+        if path.name not in freed and path.name not in there:
+            raise SourceNotFoundError(f"{path}: no such file; give a GGUF file, or the folder of a checkpoint")
+        return _read_gguf(path, root, there, freed)
+    require_folder(root, "give the folder that holds the checkpoint's shards, or a GGUF file")
     if (root / MANIFEST_NAME).exists():
         raise ManifestError(f"{root}: has a {MANIFEST_NAME}, so it is already resharded; `reshard restore` undoes it")
     check_finished(root)
+    names = find_gguf(root)
+    if names or any(name.endswith(gguf_files.SUFFIX) for name in freed):
+        return _read_gguf(path, root, names, freed)
     shards = read_shards(root, freed)
     index_path = root / INDEX_NAME
     index = resolve_inside(root, INDEX_NAME).read_bytes() if index_path.exists() else None
     auxiliary, left_out = _list_auxiliary(root, shards)
     return SourceCheckpoint(
         root=root,
+        path=path,
         shards=shards,
         index=index,
         config=read_config(root),
         auxiliary=auxiliary,
         left_out=left_out,
     )
+
+
+def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Header]) -> SourceCheckpoint:
+    model = gguf_files.read_folder(root, names, freed)
+    shards = {
+        name: freed.get(name) or gguf_files.with_gaps(resolve_inside(root, name), header)
+        for name, header in model.shards.items()
+    }
+    auxiliary: tuple[AuxiliaryFile, ...] = ()
+    left_out: list[str] = []
+    if path == root:
+        found, others = _list_auxiliary(root, shards)
+        # It may be another form's: of the FP8 files that this model was quantised from.
+        auxiliary = tuple(file for file in found if file.path != CONFIG_NAME)
+        left_out += others
+        left_out += [f"{file.path} (the GGUF file says it itself)" for file in found if file not in auxiliary]
+    config, generated = _inside(model, next(iter(shards.values())), left_out)
+    own = {file.path for file in auxiliary}
+    return SourceCheckpoint(
+        root=root,
+        path=path,
+        kind="gguf",
+        shards=shards,
+        index=None,
+        config=config,
+        auxiliary=auxiliary,
+        generated={name: content for name, content in generated.items() if name not in own},
+        left_out=tuple(sorted(left_out)),
+    )
+
+
+def _inside(
+    model: gguf_files.GgufModel, first: Header, left_out: list[str]
+) -> tuple[Mapping[str, Any], dict[str, bytes]]:
+    """The config that a GGUF model has inside, and it and the tokenizer as files; notes what cannot be had."""
+    config: Mapping[str, Any] = {}
+    generated: dict[str, bytes] = {}
+    try:
+        config = model.config()
+    except UnsupportedModelError as error:
+        left_out.append(f"{CONFIG_NAME} ({error})")
+    try:
+        generated = gguf_files.tokenizer_of(first)
+    except (ManifestError, UnsupportedModelError) as error:
+        # The tensors are worth having without it, and one can be put beside them.
+        left_out.append(f"the tokenizer ({error})")
+    if config:
+        generated[CONFIG_NAME] = config_document(config)
+    return config, generated
 
 
 def _list_auxiliary(root: Path, shards: Mapping[str, Header]) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:

@@ -13,15 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, ToolkitError
-from manifests.safety import resolve_inside
 
 Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
@@ -59,24 +58,22 @@ class ChatTemplate:
         self.has_thinking = any(name.name == "thinking" for name in syntax.find_all(nodes.Name))
 
     @classmethod
-    def find(cls, root: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-        """The template of a checkpoint folder, or None when it has none.
+    def find(cls, auxiliary: Auxiliary, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
+        """The template of a checkpoint, or None when it has none.
 
         A file ``chat_template.jinja`` wins over tokenizer_config.json, as in the library that writes both.
 
         Raises:
             ManifestError: There is one, but it cannot be used.
         """
-        if (root / TEMPLATE_FILE).is_file():
-            path = resolve_inside(root, TEMPLATE_FILE)
-            raw = path.read_bytes()
-            if len(raw) > MAX_TEMPLATE_BYTES:
-                raise ManifestError(f"{path}: larger than {MAX_TEMPLATE_BYTES} bytes, which no chat template needs")
+        raw = auxiliary.read(TEMPLATE_FILE, max_bytes=MAX_TEMPLATE_BYTES)
+        if raw is not None:
+            source = auxiliary.where(TEMPLATE_FILE)
             try:
-                return cls(raw.decode("utf-8"), source=str(path))
+                return cls(raw.decode("utf-8"), source=source)
             except UnicodeDecodeError as error:
-                raise ManifestError(f"{path}: not UTF-8 at byte {error.start}; the file is damaged") from error
-        source = f"chat_template in {root / 'tokenizer_config.json'}"
+                raise ManifestError(f"{source}: not UTF-8 at byte {error.start}; the file is damaged") from error
+        source = f"chat_template in {auxiliary.where('tokenizer_config.json')}"
         value = tokenizer_config.get("chat_template")
         if value is None:
             return None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
@@ -54,6 +55,11 @@ class Contents:
     def root(self) -> Path:
         """The checkpoint's folder."""
         return self._checkpoint.root
+
+    @property
+    def auxiliary(self) -> Auxiliary:
+        """The checkpoint's small files."""
+        return self._checkpoint.auxiliary
 
     @property
     def file_sizes(self) -> dict[str, int]:

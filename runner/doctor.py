@@ -241,7 +241,7 @@ def _examine_model(
             found.notes.append("no chat template: `runner generate` works, `runner chat` does not")
         if not text.eos_ids:
             found.notes.append("no end-of-text token is named: generation ends only at -n, --stop or --ctx")
-    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.root, "generation_config.json"))
+    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.auxiliary, "generation_config.json"))
     if generation is not None:
         sampling = found.attempt("sampling", lambda: choose_sampling(generation, {}))
         if sampling is not None:
@@ -256,12 +256,11 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast
     """Measure this machine on the checkpoint's own files, and foretell."""
     from runner import floors, kernels
     from runner.contents import Contents, pass_order
-    from runner.loaded import default_io
     from runner.reading import Direct, Mapped
-    from runner.sizes import measure, plan_memory, routed_experts
+    from runner.sizes import default_io, measure, plan_memory, routed_experts
 
     contents = Contents(checkpoint)
-    sizes = measure(contents, config, default_io())
+    sizes = measure(contents, config, default_io(contents, config))
     budget = plan_memory(contents, config, sizes)
     experts = routed_experts(config)
     fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers, head_of(config)))

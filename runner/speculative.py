@@ -18,7 +18,7 @@ from runner.sampling import SamplingParams, sample
 
 KEPT_POSITIONS = 8
 """That wait for a trial. To catch up with a whole prompt could cost more than guesses will ever give: on the embedded
-model 32 took as long as 4 to 14 steps, 8 two or three. Guesses are nearly as good, 0.683 of them right behind 8 positions,
+model 32 took as long as 4 to 14 steps, 8 two or three. Guesses are nearly as good: 0.683 of them are right behind 8,
 0.699 behind 32, 0.705 behind 256, and there is one more with each token."""
 
 _MOST_WAITING = 64

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
-from manifests.jsontext import read_json
-from manifests.safety import resolve_inside
+from manifests.jsontext import parse_json
 from runner.chat import ChatTemplate, Message
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -32,16 +32,24 @@ MAX_CONFIG_BYTES = 1 << 24
 _MEMORY_PER_BYTE = 9
 """Memory that the library takes while it reads a byte of tokenizer.json, measured with 128,000 tokens; 8 are kept."""
 
+_MEMORY_PER_HEADER_BYTE = 17
+"""The same for a byte of the GGUF header that tokenizer.json is made from: 14 with 129,280 tokens, 16 with 102,400."""
+
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not UTF-8, or not yet."""
 
 
-class HasRoot(Protocol):
+class HasAuxiliary(Protocol):
     """A checkpoint, as far as this file needs one."""
 
     @property
-    def root(self) -> Path:
-        """The folder of config.json and the tokenizer."""
+    def auxiliary(self) -> Auxiliary:
+        """The tokenizer and the small files beside it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, or what stands for it."""
         ...
 
 
@@ -78,28 +86,32 @@ class Text:
         self._control_name = re.compile(f"(?={pattern})(.)", re.DOTALL) if pattern else None
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: HasRoot | Path) -> Text:
-        """Read the tokenizer of a checkpoint folder.
+    def from_checkpoint(cls, checkpoint: HasAuxiliary | Path) -> Text:
+        """Read the tokenizer of a checkpoint, or of a folder that need not have tensors.
 
         Raises:
             SourceNotFoundError: There is no tokenizer.json.
             ManifestError: One of the files is damaged, or they contradict each other.
+            UnsupportedModelError: A GGUF file has a tokenizer of a kind that is not known.
         """
-        root = checkpoint if isinstance(checkpoint, Path) else checkpoint.root
-        tokenizer = _read_tokenizer(root)
-        own = read_optional_json(root, "tokenizer_config.json")
-        model = read_optional_json(root, "config.json")
-        generation = read_optional_json(root, "generation_config.json")
+        if isinstance(checkpoint, Path):
+            auxiliary = Auxiliary(checkpoint)
+            model = read_optional_json(auxiliary, "config.json")
+        else:
+            auxiliary, model = checkpoint.auxiliary, checkpoint.config
+        tokenizer = _read_tokenizer(auxiliary)
+        own = read_optional_json(auxiliary, "tokenizer_config.json")
+        generation = read_optional_json(auxiliary, "generation_config.json")
 
         bos_ids = _ids(generation, "bos_token_id") or _ids(model, "bos_token_id")
-        bos_id = _named_id(tokenizer, own, "bos_token", root)
+        bos_id = _named_id(tokenizer, own, "bos_token", auxiliary)
         if bos_id is None and bos_ids:
             bos_id = bos_ids[0]
         add_bos = own.get("add_bos_token", bos_id is not None)
         if not isinstance(add_bos, bool):
-            raise ManifestError(f"{root / 'tokenizer_config.json'}: add_bos_token must be true or false")
+            raise ManifestError(f"{auxiliary.where('tokenizer_config.json')}: add_bos_token must be true or false")
 
-        eos_id = _named_id(tokenizer, own, "eos_token", root)
+        eos_id = _named_id(tokenizer, own, "eos_token", auxiliary)
         eos_ids = {*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id")}
         if not eos_ids and eos_id is not None:
             eos_ids = {eos_id}
@@ -110,7 +122,7 @@ class Text:
             bos_id=bos_id,
             add_bos=add_bos,
             eos_ids=eos_ids,
-            template=ChatTemplate.find(root, own),
+            template=ChatTemplate.find(auxiliary, own),
             eos_token="" if eos_id is None else tokenizer.id_to_token(eos_id) or "",
         )
 
@@ -282,41 +294,41 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def tokenizer_bytes(root: Path) -> int:
+def tokenizer_bytes(auxiliary: Auxiliary) -> int:
     """Memory that reading a checkpoint's tokenizer takes; 0 when it has none."""
-    path = root / TOKENIZER_FILE
-    return _MEMORY_PER_BYTE * path.stat().st_size if path.is_file() else 0
+    size = auxiliary.size(TOKENIZER_FILE)
+    return _MEMORY_PER_HEADER_BYTE * auxiliary.derived_from if size is None else _MEMORY_PER_BYTE * size
 
 
-def read_optional_json(root: Path, name: str) -> Mapping[str, Any]:
-    """A JSON object of a checkpoint folder; empty when there is no such file.
+def read_optional_json(auxiliary: Auxiliary, name: str) -> Mapping[str, Any]:
+    """A JSON object of a checkpoint; empty when it has no such file.
 
     Raises:
         ManifestError: It is not a JSON object.
     """
-    if not (root / name).is_file():
+    raw = auxiliary.read(name, max_bytes=MAX_CONFIG_BYTES)
+    if raw is None:
         return {}
-    document = read_json(resolve_inside(root, name), max_bytes=MAX_CONFIG_BYTES)
+    document = parse_json(raw, what=auxiliary.where(name))
     if not isinstance(document, dict):
-        raise ManifestError(f"{root / name}: must hold a JSON object")
+        raise ManifestError(f"{auxiliary.where(name)}: must hold a JSON object")
     return document
 
 
-def _read_tokenizer(root: Path) -> Tokenizer:
-    path = root / TOKENIZER_FILE
-    if not path.is_file():
+def _read_tokenizer(auxiliary: Auxiliary) -> Tokenizer:
+    raw = auxiliary.read(TOKENIZER_FILE, max_bytes=MAX_TOKENIZER_BYTES)
+    if raw is None:
+        path = auxiliary.root / TOKENIZER_FILE
         raise SourceNotFoundError(f"{path}: no such file; copy the model's tokenizer.json there")
-    path = resolve_inside(root, TOKENIZER_FILE)
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ManifestError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer needs")
     try:
-        return Tokenizer.from_buffer(path.read_bytes())
+        return Tokenizer.from_buffer(raw)
     except Exception as error:
         # The library raises nothing narrower than Exception.
-        raise ManifestError(f"{path}: not a tokenizer that the tokenizers library can read: {error}") from error
+        source = auxiliary.where(TOKENIZER_FILE)
+        raise ManifestError(f"{source}: not a tokenizer that the tokenizers library can read: {error}") from error
 
 
-def _named_id(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], key: str, root: Path) -> int | None:
+def _named_id(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], key: str, auxiliary: Auxiliary) -> int | None:
     """The id of a token that tokenizer_config.json names, as plain text or as ``{"content": text, ...}``."""
     value = tokenizer_config.get(key)
     if isinstance(value, dict):
@@ -325,7 +337,8 @@ def _named_id(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], key: st
         return None
     token_id = tokenizer.token_to_id(value) if isinstance(value, str) else None
     if token_id is None:
-        raise ManifestError(f"{root / 'tokenizer_config.json'}: {key} {value!r:.80} is not a token of {TOKENIZER_FILE}")
+        source = auxiliary.where("tokenizer_config.json")
+        raise ManifestError(f"{source}: {key} {value!r:.80} is not a token of {TOKENIZER_FILE}")
     return token_id
 
 

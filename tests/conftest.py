@@ -31,7 +31,7 @@ from reshard.earlier import find_earlier
 from reshard.plan import make_plan
 from reshard.progress import Progress
 from reshard.run import reshard_checkpoint
-from reshard.source import read_source
+from reshard.source import read_source, source_root
 from runner.demo.shards import StoredTensor, split, write, write_file
 
 # The same examples on every machine and no clock: a busy machine is no bug.
@@ -307,7 +307,7 @@ def shared(folder: Path) -> Iterator[Path]:
 def reshard_folder(
     source: Path, destination: Path, selection: Selection | None = None, jobs: int = 2, **options: bool
 ) -> Path:
-    earlier = find_earlier(source, destination)
+    earlier = find_earlier(source_root(source), destination)
     found = read_source(source, earlier.freed)
     with Progress(0, label="", quiet=True) as progress:
         plan = make_plan(found, earlier.widen(selection or Selection()))

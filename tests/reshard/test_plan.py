@@ -59,7 +59,9 @@ def sources(draw: st.DrawFn) -> SourceCheckpoint:
             position += size
         raw = encode_header(entries, align=draw(st.sampled_from([1, 8])))
         shards[f"{number}.safetensors"] = parse_header(raw, file_bytes=len(raw) + position, what="")
-    return SourceCheckpoint(root=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=())
+    return SourceCheckpoint(
+        root=Path("x"), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+    )
 
 
 def check_files(plan: Plan) -> None:
@@ -236,7 +238,9 @@ def header_of(*tensors: tuple[str, str, int]) -> Header:
 
 def source_of(*headers: Header) -> SourceCheckpoint:
     shards = {f"{number}.safetensors": header for number, header in enumerate(headers)}
-    return SourceCheckpoint(root=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=())
+    return SourceCheckpoint(
+        root=Path("x"), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+    )
 
 
 def test_scales_may_lie_in_any_shard_but_must_lie_somewhere() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, ToolkitError
 from runner.chat import ChatTemplate
 
@@ -208,7 +209,7 @@ def test_what_is_no_template_is_refused(template: str) -> None:
 
 
 def found(folder: Path, config: dict[str, object]) -> str | None:
-    template = ChatTemplate.find(folder, config)
+    template = ChatTemplate.find(Auxiliary(folder), config)
     return None if template is None else template.render(ONE, bos_token="", eos_token="")
 
 

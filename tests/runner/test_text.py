@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+import manifests
+from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
-from runner.text import StopScanner, Text
+from runner.text import StopScanner, Text, tokenizer_bytes
+from tests.gguf_tokenizers import train, write_tokenizer
 
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
 USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
@@ -135,6 +138,48 @@ def test_a_tokenizer_behind_a_link_that_leaves_the_folder_is_refused(text_folder
     (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ManifestError, match="leaves the folder"):
         Text.from_checkpoint(folder)
+
+
+# --- out of a GGUF file ---
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    original = train("deepseek-v3", ["def f(x):\n    return x + 1\n" * 3])
+    write_tokenizer(tmp_path / "model.gguf", original, "deepseek-v3")
+    checkpoint = manifests.open(tmp_path / "model.gguf")
+    text = Text.from_checkpoint(checkpoint)
+    assert (text.bos_id, text.add_bos, text.eos_ids) == (0, True, {1})
+    assert text.encode("return x") == [0, *original.encode("return x").ids]
+    ids = text.encode_chat([{"role": "user", "content": "return x"}])
+    assert ids == [0, *original.encode(f"{USER}return x{ASSISTANT}").ids]
+    assert text.decode(ids) == "return x"
+
+
+def test_files_beside_a_gguf_file_win(tmp_path: Path, text_folder: Folder, tokenizer: Tokenizer) -> None:
+    write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3")
+    (tmp_path / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    text = Text.from_checkpoint(manifests.open(tmp_path))
+    assert text.encode("abc") == [0, *tokenizer.encode("abc").ids]
+    assert text.eos_ids == {1}  # what the GGUF file says in place of config.json
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}', encoding="utf-8")
+    assert Text.from_checkpoint(manifests.open(tmp_path)).eos_ids == {1, 2}
+
+
+def test_a_fault_of_a_gguf_files_template_names_the_file(tmp_path: Path) -> None:
+    config = {"bos_token": BOS, "chat_template": "{% if %}"}
+    write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3", config=config)
+    with pytest.raises(ManifestError, match=r"config\.json of the GGUF file in .*: not a valid chat template"):
+        Text.from_checkpoint(manifests.open(tmp_path))
+
+
+def test_memory_of_the_tokenizer(tmp_path: Path, text_folder: Folder) -> None:
+    folder = text_folder()
+    assert tokenizer_bytes(Auxiliary(folder)) == 9 * (folder / "tokenizer.json").stat().st_size
+    assert tokenizer_bytes(Auxiliary(tmp_path)) == 0
+    write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3")
+    size = (tmp_path / "model.gguf").stat().st_size
+    assert tokenizer_bytes(manifests.open(tmp_path).auxiliary) == 17 * size
 
 
 # --- ids and text ---

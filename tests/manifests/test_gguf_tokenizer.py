@@ -1,0 +1,330 @@
+"""Tokenizers that went through a GGUF file give the ids that the original gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import manifests
+from manifests.errors import ManifestError, UnsupportedModelError
+from manifests.gguf import read_gguf
+from manifests.gguf_pretokenizers import find_pre_tokenizer
+from manifests.gguf_tokenizer import tokenizer_documents
+from tests.gguf_tokenizers import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    EOT,
+    HOLE,
+    PAD,
+    TEMPLATE,
+    THINK,
+    USER,
+    edges,
+    published,
+    train,
+    write_tokenizer,
+)
+
+NAMES = ["deepseek-llm", "deepseek-v3", "gpt-2"]
+PREFIX = "tokenizer.ggml."
+
+CODE = Path(__file__).read_text(encoding="utf-8")
+CHINESE = (
+    "\u6df1\u5ea6\u6c42\u7d22\uff0c\u4f60\u597d\u4e16\u754c\u3002\u6df7\u5408\u4e13\u5bb6\u6a21\u578b\u670925"
+    "\u4e2a\u4e13\u5bb6\u3002\u300c\u5f15\u53f7\u300d"
+)
+JAPANESE = "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c\u3001\u30e2\u30c7\u30eb\u30fc\u306e\u91cd\u307f"
+KOREAN = "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4 \uc804\ubb38\uac00 \ud63c\ud569"
+WORDS = (
+    "na\u00efve Stra\u00dfe \u03a9mega \u1f7d \u1fd3\u1fdb \u2126\u212a \u0414\u043e\u0431\u0440\u044b\u0439 "
+    "\u0434\u0435\u043d\u044c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627"
+)
+DIGITS = (
+    " ".join("1234567890123"[:size] for size in range(1, 14))
+    + " 3.14 0x1F \u0663\u0664\u0665 \u00bd \u2167 \uff11\uff12"
+)
+EMOJI = "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \u2764\ufe0f \U0001f1e9\U0001f1ea"
+MARKS = (
+    "e\u0301 a\u0308o\u0308 \u0928\u092e\u0938\u094d\u0924\u0947 Z\u0351\u036b\u0343 \u0e2a\u0e27\u0e31\u0e2a"
+    "\u0e14\u0e35"
+)
+BLANKS = "a  b   c    d\t\te\r\nf\n\n\ng \n h\t \n\r\n   \u00a0\u3000x   "
+CONTROL = f"{BOS}{USER}hi {USER}{ASSISTANT}{THINK}\n{HOLE} {EOT}{EOS}{PAD} <|User|> {EOT[:-1]} <\uff5cUser"
+TEXTS = {
+    "code": CODE,
+    "chinese": CHINESE,
+    "japanese": JAPANESE,
+    "korean": KOREAN,
+    "words": WORDS,
+    "digits": DIGITS,
+    "emoji": EMOJI,
+    "marks": MARKS,
+    "blanks": BLANKS,
+    "control tokens": CONTROL,
+    "fillers": "[PAD1205] [PAD3]",
+    "empty": "",
+}
+
+Pair = tuple[Tokenizer, Tokenizer]
+Metadata = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def originals() -> dict[str, Tokenizer]:
+    texts = [text for text in TEXTS.values() if text is not CONTROL] * 3
+    return {name: train(name, texts) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def pairs(originals: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """By name of the pre-tokenizer: the original, and what came out of the GGUF file."""
+    found = {}
+    for name, original in originals.items():
+        path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+        write_tokenizer(path, original, name)
+        documents = tokenizer_documents(read_gguf(path).metadata)
+        found[name] = original, Tokenizer.from_buffer(documents["tokenizer.json"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def metadata(originals: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> Metadata:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_tokenizer(path, originals["deepseek-v3"], "deepseek-v3")
+    return dict(read_gguf(path).metadata)
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# --- the same ids ---
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_the_originals(pairs: dict[str, Pair], name: str, text: str) -> None:
+    original, ours = pairs[name]
+    assert ids(ours, text) == ids(original, text)
+    assert ours.decode(ids(ours, text), skip_special_tokens=False) == text
+
+
+PIECES = st.sampled_from(
+    [*TEXTS.values(), BOS, USER, EOT, THINK, " ", "\n", "\r\n", "\t", "7", "12345", "\u200d", "'s"]
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(parts=st.lists(st.text(max_size=20) | PIECES.map(lambda text: text[:30]), max_size=8))
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_of_any_text_are_the_originals(pairs: dict[str, Pair], name: str, parts: list[str]) -> None:
+    original, ours = pairs[name]
+    text = "".join(parts)
+    assert ids(ours, text) == ids(original, text)
+    assert ours.decode(ids(ours, text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_have_their_ids_and_fillers_have_none(pairs: dict[str, Pair], name: str) -> None:
+    original, ours = pairs[name]
+    assert ours.get_vocab(with_added_tokens=True) == original.get_vocab(with_added_tokens=True)
+
+
+def test_fillers_of_older_converters_are_left_out(originals: dict[str, Tokenizer], tmp_path: Path) -> None:
+    original = originals["deepseek-llm"]
+    write_tokenizer(tmp_path / "model.gguf", original, "deepseek-llm", filler=4)
+    documents = tokenizer_documents(read_gguf(tmp_path / "model.gguf").metadata)
+    ours = Tokenizer.from_buffer(documents["tokenizer.json"])
+    assert ours.get_vocab() == original.get_vocab()
+    assert ids(ours, TEXTS["fillers"]) == ids(original, TEXTS["fillers"])
+
+
+def test_an_id_behind_a_hole_is_kept(metadata: Metadata) -> None:
+    tokens, types = list(metadata[PREFIX + "tokens"]), list(metadata[PREFIX + "token_type"])
+    tokens[-1], types[-1] = "<late>", 4
+    found = documents_of(metadata, tokens=tuple(tokens), token_type=tuple(types))
+    ours = Tokenizer.from_buffer(found["tokenizer.json"])
+    assert ids(ours, "a<late>")[-1] == len(tokens) - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_cut_as_published(name: str) -> None:
+    ours = Tokenizer.from_str(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    ours = Tokenizer.from_str(json.dumps(json.loads(ours.to_str()) | {"pre_tokenizer": find_pre_tokenizer(name)}))
+    theirs = published(name)
+    assert ours.pre_tokenizer is not None
+    # Between letters, digits and blanks, so that a range that ends elsewhere is seen.
+    for mark in [*map(chr, range(0x3100)), *edges()]:
+        text = f"a{mark}{mark} {mark}1\n{mark}{mark}A {mark}  "
+        assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), hex(ord(mark))
+
+
+# --- what else is in the files ---
+
+
+def test_special_tokens_follow_their_type(pairs: dict[str, Pair]) -> None:
+    added = {token.content: token.special for token in pairs["deepseek-v3"][1].get_added_tokens_decoder().values()}
+    control = dict.fromkeys([BOS, EOS, PAD, HOLE, USER, ASSISTANT, EOT], True)
+    assert added == control | {THINK: False}
+
+
+def test_bos_is_added_where_the_model_wants_it(metadata: Metadata) -> None:
+    ours = Tokenizer.from_buffer(tokenizer_documents(metadata)["tokenizer.json"])
+    plain = ids(ours, "hi")
+    assert ours.encode("hi").ids == [0, *plain]
+    assert ours.encode("hi", "hi").ids == [0, *plain, 0, *plain]
+    both = Tokenizer.from_buffer(documents_of(metadata, add_eos_token=True)["tokenizer.json"])
+    assert both.encode("hi").ids == [0, *plain, 1]
+    neither = Tokenizer.from_buffer(documents_of(metadata, add_bos_token=None)["tokenizer.json"])
+    assert neither.encode("hi").ids == plain
+
+
+def test_settings(metadata: Metadata) -> None:
+    assert json.loads(tokenizer_documents(metadata)["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": TEMPLATE,
+    }
+
+
+def test_what_the_file_does_not_say_is_left_out(metadata: Metadata) -> None:
+    bare = dict.fromkeys(("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token"))
+    found = documents_of(metadata | {"tokenizer.chat_template": None}, **bare)
+    assert set(json.loads(found["tokenizer_config.json"])) == {"tokenizer_class", "clean_up_tokenization_spaces"}
+
+
+def test_the_same_metadata_gives_the_same_bytes(metadata: Metadata) -> None:
+    backwards = dict(reversed(metadata.items()))
+    assert tokenizer_documents(metadata) == tokenizer_documents(backwards)
+
+
+def test_a_file_with_tensors_alone_has_no_tokenizer() -> None:
+    assert tokenizer_documents({"general.architecture": "deepseek2"}) == {}
+
+
+# --- what is refused ---
+
+
+def documents_of(metadata: Metadata, **change: Any) -> dict[str, bytes]:
+    """The files with other values; None for a key that is left out."""
+    changed = metadata | {PREFIX + key: value for key, value in change.items()}
+    return tokenizer_documents({key: value for key, value in changed.items() if value is not None})
+
+
+def one_other(key: str, place: int, value: object) -> Callable[[Metadata], dict[str, Any]]:
+    """A change of one element of an array."""
+
+    def change(metadata: Metadata) -> dict[str, Any]:
+        values = list(metadata[PREFIX + key])
+        values[place] = value
+        return {key: tuple(values)}
+
+    return change
+
+
+def always(**change: Any) -> Callable[[Metadata], dict[str, Any]]:
+    return lambda _: change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (always(model=None), r"without tokenizer\.ggml\.model"),
+        (always(pre=None), r"without tokenizer\.ggml\.pre"),
+        (always(tokens=None), r"without tokenizer\.ggml\.tokens"),
+        (always(token_type=None), r"without tokenizer\.ggml\.token_type"),
+        (always(merges=None), r"without tokenizer\.ggml\.merges"),
+        (always(model=3), r"tokenizer\.ggml\.model 3; it must be a string"),
+        (always(tokens="a"), r"it must be an array of strings"),
+        (always(merges=(1, 2)), r"tokenizer\.ggml\.merges of other values; it must be an array of strings"),
+        (one_other("token_type", 0, True), r"must be an array of whole numbers"),
+        (always(token_type=(1,)), r"tokens and 1 token types"),
+        (one_other("tokens", 4, ""), "token 4 without a text"),
+        (one_other("tokens", 4, BOS), "twice, as 0 and 4"),
+        (one_other("merges", 1, "ab"), "merge 1 'ab'; it must be two tokens"),
+        (one_other("merges", 1, "a  b"), "merge 1 'a  b'; it must be two tokens"),
+        (one_other("merges", 1, "a b c"), "merge 1 'a b c'; it must be two tokens"),
+        (one_other("merges", 1, " b"), "merge 1 ' b'; it must be two tokens"),
+        (one_other("merges", 1, "a "), "merge 1 'a '; it must be two tokens"),
+        (one_other("merges", 1, "~ ~"), "'~~' is not one of its tokens"),
+        (always(bos_token_id=100_000), "bos_token_id 100000, which is none of its tokens"),
+        (always(eos_token_id=-(10**6)), "eos_token_id -1000000, which is none of its tokens"),
+        (always(eos_token_id=True), "eos_token_id True; it must be a whole number"),
+        (always(padding_token_id=1.0), "padding_token_id 1.0; it must be a whole number"),
+        (always(bos_token_id=None), "add_bos_token without tokenizer.ggml.bos_token_id"),
+        (always(add_bos_token=1), "add_bos_token 1; it must be a truth value"),
+    ],
+)
+def test_damage_is_refused(metadata: Metadata, change: Callable[[Metadata], dict[str, Any]], message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        documents_of(metadata, **change(metadata))
+
+
+def test_a_merge_of_what_is_no_token_is_refused(metadata: Metadata) -> None:
+    tokens = set(metadata[PREFIX + "tokens"])
+    cuts = [(token[:place], token[place:]) for token in sorted(tokens) for place in range(1, len(token))]
+    without_left = next(pair for pair in cuts if pair[0] not in tokens and pair[1] in tokens)
+    without_right = next(pair for pair in cuts if pair[0] in tokens and pair[1] not in tokens)
+    for left, right in (without_left, without_right):
+        with pytest.raises(ManifestError, match="is not one of its tokens"):
+            documents_of(metadata, merges=(f"{left} {right}",))
+
+
+def test_a_role_of_a_filler_is_refused(metadata: Metadata) -> None:
+    last = len(metadata[PREFIX + "tokens"]) - 1
+    with pytest.raises(ManifestError, match="none of its tokens"):
+        documents_of(metadata, bos_token_id=last)
+
+
+def test_a_template_that_is_no_text_is_refused(metadata: Metadata) -> None:
+    with pytest.raises(ManifestError, match=r"tokenizer\.chat_template 3; it must be a string"):
+        tokenizer_documents(metadata | {"tokenizer.chat_template": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (always(model="llama"), r"tokenizer\.ggml\.model 'llama'"),
+        (always(pre="kimi-k2"), r"tokenizer\.ggml\.pre 'kimi-k2', and how that cuts texts is not known"),
+        (always(pre="default"), r"tokenizer\.ggml\.pre 'default'"),
+        (one_other("token_type", 9, 6), r"token 9 .* of type 6"),
+        (one_other("token_type", 9, 2), r"token 9 .* of type 2"),
+    ],
+)
+def test_what_is_not_known_is_refused(
+    metadata: Metadata, change: Callable[[Metadata], dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        documents_of(metadata, **change(metadata))
+
+
+# --- through a checkpoint ---
+
+
+def test_a_checkpoint_has_the_files_of_its_gguf_file(originals: dict[str, Tokenizer], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_tokenizer(path, originals["deepseek-v3"], "deepseek-v3")
+    expected = tokenizer_documents(read_gguf(path).metadata)
+    for opened in (manifests.open(path), manifests.open(tmp_path)):
+        auxiliary = opened.auxiliary
+        for name, raw in expected.items():
+            assert auxiliary.read(name, max_bytes=1) == raw  # the limit is for files
+            assert auxiliary.where(name) == f"{name} of the GGUF file in {tmp_path}"
+        assert auxiliary.read("generation_config.json", max_bytes=1) is None
+        assert auxiliary.derived_from == path.stat().st_size
+    (tmp_path / "tokenizer.json").write_bytes(b"its own")
+    assert auxiliary.read("tokenizer.json", max_bytes=10) == b"its own"
+    assert auxiliary.read("tokenizer_config.json", max_bytes=10) == expected["tokenizer_config.json"]
