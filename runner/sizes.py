@@ -23,8 +23,8 @@ def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
 def default_io(contents: Contents, config: ModelConfig) -> str:
     """How experts come in when nobody says: mapped.
 
-    But not without the compiled library, which that needs; nor where an expert takes less memory than the huge pages that
-    its parts share with their neighbours, as in a GGUF file of small experts: then half as many would fit.
+    But not without the compiled library, which that needs; nor where an expert takes less memory than the huge pages
+    that its parts share with their neighbours, as in a GGUF file of small experts: then half as many would fit.
     """
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     is_dear = _shared_bytes(contents, layers) > contents.expert_bytes(layers)
