@@ -16,6 +16,7 @@ from typing import Any
 from manifests import gguf_files
 from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
+from manifests.ggml import BLOCK_TYPES
 from manifests.header import MAX_FILE_BYTES, Header, read_header
 from manifests.jsontext import read_json
 from manifests.mapping import map_file
@@ -27,6 +28,7 @@ from manifests.storage import load
 
 CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"
+_ENCODINGS = frozenset(block_type.name for block_type in BLOCK_TYPES.values() if block_type.dtype is None)
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
 
@@ -165,9 +167,9 @@ class Checkpoint:
         return None if found is None else self._location(*found)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The stored shape of a tensor; None when there is none of this name."""
+        """The shape of what a tensor stands for, however it is stored; None when there is none of this name."""
         found = self._entries.get(name)
-        return None if found is None else found[1].shape
+        return None if found is None else found[1].logical_shape
 
     def digest(self, name: str) -> str | None:
         """The digest of a tensor; None for original files, which have none, and when there is none of this name."""
@@ -273,8 +275,8 @@ class Checkpoint:
 def _unreadable(file: FileEntry, tensor: TensorEntry) -> str | None:
     if file.codec != "none":
         return f"{file.path} is stored compressed ({file.codec}) and cannot be mapped; `reshard unpack` undoes that"
-    if tensor.encoding != PLAIN:
-        return f"{tensor.name} is encoded as {tensor.encoding}; this version reads plain tensors only"
+    if tensor.encoding != PLAIN and tensor.encoding not in _ENCODINGS:
+        return f"{tensor.name} is encoded as {tensor.encoding}; this version knows plain tensors and ggml's block types"
     return None
 
 

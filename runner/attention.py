@@ -72,6 +72,14 @@ class Attention:
             matrix = self._matrices[name] = self._parameters.matrix(f"{self._prefix}.{name}", rows, columns)
         return matrix
 
+    def _kv_b(self) -> Matrix:
+        config, matrix = self._config, self._matrices.get("kv_b_proj")
+        if matrix is None:
+            sizes = config.qk_nope_head_dim, config.v_head_dim
+            matrix = self._parameters.kv_b(self._prefix, config.num_attention_heads, sizes, config.kv_lora_rank)
+            self._matrices["kv_b_proj"] = matrix
+        return matrix
+
     def _linear(self, x_TI: Tensor, name: str, rows: int, columns: int) -> Tensor:
         return linear(x_TI, self._matrix(name, rows, columns), dtype=self._dtype)
 
@@ -106,9 +114,7 @@ class Attention:
         return c_SC, k_pe_SR
 
     def _attend(self, q_THQ: Tensor, rotation: Rotation, c_SC: Tensor, k_pe_SR: Tensor) -> Tensor:
-        config, nope = self._config, self._config.qk_nope_head_dim
-        rows = config.num_attention_heads * (nope + config.v_head_dim)
-        kv_b = self._matrix("kv_b_proj", rows, config.kv_lora_rank)
+        nope, kv_b = self._config.qk_nope_head_dim, self._kv_b()
         check(kv_b)
         compiled = kernels.active()
         # An encoding that no kernel reads is expanded a few heads at a time, not as a whole: V3's would take 64 MiB.

@@ -47,7 +47,6 @@ _FIXED: dict[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
@@ -100,6 +99,7 @@ class ModelConfig:
         rope_scaling: None without YaRN.
         weight_block_size: Rows and columns that share one ``weight_scale_inv`` of FP8 weights; None without
             FP8.
+        tie_word_embeddings: Whether the embedding serves as the head, which the checkpoint then lacks.
         eos_token_ids: Every id that ends a text; config.json has one id, a list, or null.
     """
 
@@ -131,6 +131,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: YarnScaling | None
     weight_block_size: tuple[int, int] | None
+    tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -186,6 +187,7 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=yarn,
             weight_block_size=_read_block_size(config),
+            tie_word_embeddings=keys.given("tie_word_embeddings") and keys.boolean("tie_word_embeddings"),
             bos_token_id=keys.integer("bos_token_id", least=0) if keys.given("bos_token_id") else None,
             eos_token_ids=_read_eos(keys, config),
         )

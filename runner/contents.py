@@ -13,6 +13,8 @@ from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError
 from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
+from manifests.schema import PLAIN
+from runner import split_kv
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
 from runner.policy import Key
 
@@ -32,15 +34,15 @@ def group_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def pass_order(layers: int) -> list[str]:
+def pass_order(layers: int, head: str = "lm_head") -> list[str]:
     """The groups that one pass through a model of so many layers uses, in its order, without routed experts."""
-    return [*(f"{_LAYERS}{layer}" for layer in range(layers)), "model.norm", "lm_head"]
+    return [*(f"{_LAYERS}{layer}" for layer in range(layers)), "model.norm", head]
 
 
 def mtp_order(layer: int, head: str) -> list[str]:
     """The groups that the MTP layer uses behind it, with a head that has this tensor."""
     own = group_of(head)
-    return [f"{_LAYERS}{layer}", *([] if own == "lm_head" else [own])]
+    return [f"{_LAYERS}{layer}", *([own] if own.startswith(_LAYERS) else [])]
 
 
 class Contents:
@@ -88,6 +90,10 @@ class Contents:
             raise ManifestError(missing)
         return location
 
+    def encoding(self, name: str) -> str:
+        """What a tensor's bytes encode; ``plain`` for numbers."""
+        return self._encodings.get(name, PLAIN)
+
     def group(self, group: str) -> Layout:
         """How a group lies in memory; empty for one that the checkpoint does not have."""
         names = self._expert_names(_expert_of(group)) if _EXPERTS in group else self._names.get(group, ())
@@ -107,18 +113,30 @@ class Contents:
         sizes = (sum(self._sizes.get(name, 0) for name in self._expert_names((layer, 0))) for layer in layers)
         return max(sizes, default=0)
 
+    def expert_parts(self, layers: Iterable[int]) -> int:
+        """Parts of files that a routed expert of these layers is in: one of most shards, three of a GGUF file."""
+        names = (self._expert_names((layer, 0)) for layer in layers)
+        found = (lay_out(self.locate(name) for name in some if name in self).runs for some in names)
+        return max(map(len, found), default=0)
+
     def slot_bytes(self, layers: Iterable[int], alignment: int) -> int:
         """Addresses that hold any routed expert of these layers, in a layout of this alignment."""
-        # In original shards an expert may be in as many parts as it has tensors.
+        # In original files an expert may be in as many parts as it has tensors.
         parts = 2 * len(_PROJECTIONS) if self.is_in_place else 1
         return self.expert_bytes(layers) + parts * (alignment + max(alignment, PAGE_BYTES))
 
     def dense_bytes(self, groups: Sequence[str]) -> int:
-        """Memory that these groups take together, each in huge pages of its own."""
-        return sum(-(-self._group_bytes(group) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for group in groups)
+        """Memory that these groups take together, each in huge pages of its own, and what is made of them."""
+        stored = sum(-(-self._group_bytes(group) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for group in groups)
+        return stored + sum(self._joined_bytes(group) for group in groups)
 
     def _group_bytes(self, group: str) -> int:
         return sum(self._sizes[name] + PAGE_BYTES for name in self._names.get(group, ()))
+
+    def _joined_bytes(self, group: str) -> int:
+        wholes = filter(None, map(split_kv.whole_of, self._names.get(group, ())))
+        parts = filter(None, (split_kv.halves(name, self) for name in wholes))
+        return sum(split_kv.joined_bytes(*(self.locate(name).logical_shape for name in pair)) for pair in parts)
 
     def _expert_names(self, key: Key) -> list[str]:
         prefix = expert_prefix(*key)
@@ -128,6 +146,11 @@ class Contents:
     @cached_property
     def _sizes(self) -> dict[str, int]:
         return {tensor.name: tensor.size for file in self._checkpoint.manifest.files for tensor in file.tensors}
+
+    @cached_property
+    def _encodings(self) -> dict[str, str]:
+        files = self._checkpoint.manifest.files
+        return {one.name: one.encoding for file in files for one in file.tensors if one.encoding != PLAIN}
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:

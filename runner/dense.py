@@ -58,10 +58,10 @@ class DenseWeights:
         found = self._ready.get(group)
         return self._arrive(group) if found is None else found
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All that are in memory."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that are in memory, with their names."""
         for group in self._ready.values():
-            yield from group.values()
+            yield from group.items()
 
     def _arrive(self, group: str) -> dict[str, Tensor]:
         self._ask(group, _AT_ONCE)

@@ -20,7 +20,7 @@ from manifests.console import counted, format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from runner import demo, machine
 from runner.config import ModelConfig
-from runner.expected import main_tensors
+from runner.expected import head_of, main_tensors
 from runner.forecast import Forecast, Rates, forecast
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
@@ -264,7 +264,7 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast
     sizes = measure(contents, config, default_io())
     budget = plan_memory(contents, config, sizes)
     experts = routed_experts(config)
-    fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers))
+    fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers, head_of(config)))
     rates = Rates(
         memory=floors.anonymous_read_gbps(min(_MEMORY_BYTES, max(_LEAST_BYTES, fixed))),
         direct=floors.disk_read_gbps(contents, experts, way=Direct),
@@ -289,7 +289,7 @@ def _check_files(checkpoint: manifests.Checkpoint) -> None:
 
 
 def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> None:
-    needed = dict(main_tensors(config))
+    needed = dict(main_tensors(config, checkpoint))
     missing = [name for name in needed if name not in checkpoint]
     if missing:
         message = f"{len(missing)} tensors that config.json asks for are not there, first {missing[0]}"
@@ -303,8 +303,8 @@ def _check_tensors(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Non
     for file in checkpoint.manifest.files:
         for tensor in file.tensors:
             if (shape := needed.get(tensor.name)) is not None:
-                dtype_of(tensor.name, tensor.dtype)
-                check_shape(tensor.name, tensor.shape, shape)
+                dtype_of(tensor.name, tensor.dtype, tensor.encoding)
+                check_shape(tensor.name, tensor.logical_shape, shape)
     without_scales = checkpoint.missing_scales()
     if without_scales:
         raise ManifestError(f"{counted(len(without_scales), 'FP8 weight')} without scales, first {without_scales[0]}")

@@ -52,7 +52,7 @@ class Matrix:
         return quantised.shape(self.weight, self.encoding, self.name)
 
 
-def stored_matrix(prefix: str, weight: Tensor, scale: Tensor | None) -> Matrix:
+def stored_matrix(prefix: str, weight: Tensor, scale: Tensor | None, encoding: str = PLAIN) -> Matrix:
     """A matrix as a checkpoint has it, with the block size yet to be given.
 
     Raises:
@@ -60,7 +60,7 @@ def stored_matrix(prefix: str, weight: Tensor, scale: Tensor | None) -> Matrix:
     """
     if weight.dtype is torch.float8_e4m3fn and scale is None:
         raise ManifestError(f"{prefix}.weight is FP8 but has no weight_scale_inv; download the checkpoint again")
-    return Matrix(weight=weight, scale=scale, name=f"{prefix}.weight")
+    return Matrix(weight=weight, scale=scale, name=f"{prefix}.weight", encoding=encoding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

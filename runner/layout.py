@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from manifests.inventory import Location
+from manifests.schema import PLAIN
 
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
 """What direct reading counts in: offsets, lengths and addresses are multiples of it."""
@@ -41,11 +42,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One tensor in memory: its first byte, its dtype (a safetensors tag), its shape."""
+    """One tensor in memory: its first byte, its dtype (a safetensors tag), its stored shape, what its bytes encode."""
 
     position: int
     dtype: str
     shape: tuple[int, ...]
+    encoding: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,9 @@ def lay_out(locations: Iterable[Location], *, alignment: int = PAGE_BYTES) -> La
             )
             runs.append(run)
         position = run.position + location.offset - run.offset
-        places[location.name] = Place(position=position, dtype=location.dtype, shape=location.shape)
+        places[location.name] = Place(
+            position=position, dtype=location.dtype, shape=location.shape, encoding=location.encoding
+        )
         end = run.position + _up(run.end - run.offset, PAGE_BYTES)
     return Layout(size=end, runs=tuple(runs), places=places)
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 import manifests
+from manifests import gguf_files
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from runner import demo, kernels, trace
+from manifests.gguf_names import ARCHITECTURE
+from manifests.schema import PLAIN
+from runner import demo, kernels, quantised, trace
 from runner.budget import Budget
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
 from runner.drafter import Drafter, Takes
 from runner.engine import Engine
+from runner.expected import head_of
 from runner.model import Model
 from runner.mtp import MtpModule
 from runner.mtp_parts import MtpParts
@@ -104,10 +108,11 @@ class Generation:
 
 
 class LoadedModel:
-    """A model over a checkpoint folder. Opening it reads descriptions only; weights are mapped when they are used.
+    """A model over a checkpoint. Opening it reads descriptions only; weights are mapped when they are used.
 
     Args:
-        path: A resharded checkpoint or a plain checkpoint folder; None for the embedded demo model.
+        path: A resharded checkpoint, a plain checkpoint folder, or a GGUF model (its file, or a folder with one); None
+            for the embedded demo model.
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
@@ -132,8 +137,8 @@ class LoadedModel:
         idle_speculation: Why it is off though it was not asked to be; None when nothing keeps it off.
 
     Raises:
-        SourceNotFoundError: There is no checkpoint, or it has no config.json.
-        ManifestError: The checkpoint is damaged.
+        SourceNotFoundError: There is no checkpoint, or it has no config.json, or is a part of one.
+        ManifestError, IntegrityError: The checkpoint is damaged.
         UnsupportedModelError: Its config asks for something that is not implemented.
         ResourceError: The context is larger than the model's, or the memory is too small for the model.
     """
@@ -168,7 +173,7 @@ class LoadedModel:
         self.ctx = self.budget.ctx
         self.weights = WeightStore(
             contents,
-            order=pass_order(config.num_hidden_layers),
+            order=pass_order(config.num_hidden_layers, head_of(config)),
             experts=routed_experts(config, has_mtp=has_mtp),
             slots=self.budget.slots,
             io=self.io,
@@ -301,24 +306,52 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     """Open a checkpoint for running; None is the embedded demo model.
 
     Raises:
-        SourceNotFoundError: There is none, or it has no config.json.
-        ManifestError: It is damaged.
-        UnsupportedModelError: Some of it is stored in a way that the runner does not read.
+        SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
+        ManifestError, IntegrityError: It is damaged.
+        ToolkitError: It has quantised blocks, and the package gguf is not installed.
+        UnsupportedModelError: It is of another architecture, or is stored in a way that the runner does not read.
     """
     if path is None:
         path = demo.path()
         if not path.is_dir():
             raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
-    if Path(path).is_file():
+    is_gguf = Path(path).suffix == gguf_files.SUFFIX
+    if Path(path).is_file() and not is_gguf:
         raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
     checkpoint = manifests.open(path)
     if not checkpoint.config:
+        _refuse_without_config(path, checkpoint)
+    if faults := checkpoint.unreadable():
+        raise UnsupportedModelError(f"{checkpoint.root}: {faults[0]}")
+    _check_encodings(checkpoint)
+    return checkpoint
+
+
+def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -> NoReturn:
+    if all(Path(file.path).suffix != gguf_files.SUFFIX for file in checkpoint.manifest.files):
         raise SourceNotFoundError(
             f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
         )
-    if faults := checkpoint.unreadable():
-        raise UnsupportedModelError(f"{checkpoint.root}: {faults[0]}")
-    return checkpoint
+    architecture = checkpoint.manifest.model.model_type
+    if architecture is None:
+        raise SourceNotFoundError(f"{path}: is one file of a split model; give the folder that has all of them")
+    raise UnsupportedModelError(f"{path}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}")
+
+
+def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
+    """Refuse blocks that cannot be expanded now, and not when a token first needs them.
+
+    Raises:
+        UnsupportedModelError: They are of a type that is not known.
+        IntegrityError: They are not what the checkpoint says.
+        ToolkitError: The package that expands them is not installed.
+    """
+    encoded = [one for file in checkpoint.manifest.files for one in file.tensors if one.encoding != PLAIN]
+    for one in encoded:
+        where = f"{checkpoint.root}: {one.name}"
+        quantised.check_described(one.dtype, one.shape, one.logical_shape, one.encoding, where)
+    if encoded:
+        quantised.need_package(f"{checkpoint.root}: {encoded[0].name}", encoded[0].encoding)
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import ResourceError, UnsupportedModelError
+from manifests.schema import PLAIN
 from runner import kernels
 from runner.layout import HUGE_PAGE_BYTES, Layout
 
@@ -80,7 +81,7 @@ class Region:
         """
         found = {}
         for name, place in layout.places.items():
-            dtype = dtype_of(name, place.dtype)
+            dtype = dtype_of(name, place.dtype, place.encoding)
             count = 1
             for length in place.shape:
                 count *= length
@@ -162,13 +163,13 @@ def _unguard(found: ctypes.CDLL, number: int, *_kept: object) -> None:
     found.rk_unguard(number)
 
 
-def dtype_of(name: str, tag: str) -> torch.dtype:
-    """The dtype of a safetensors tag.
+def dtype_of(name: str, tag: str, encoding: str = PLAIN) -> torch.dtype:
+    """The dtype of a safetensors tag; bytes are read only where they encode something.
 
     Raises:
         UnsupportedModelError: The runner does not read it.
     """
-    dtype = DTYPES.get(tag)
+    dtype = DTYPES.get(tag) if encoding == PLAIN or tag != "U8" else torch.uint8
     if dtype is None:
         raise UnsupportedModelError(f"{name} is stored as {tag}; the runner reads {', '.join(sorted(DTYPES))}")
     return dtype

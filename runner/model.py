@@ -12,6 +12,7 @@ from torch import Tensor
 from manifests.errors import ToolkitError
 from runner.cache import LatentCache
 from runner.config import ModelConfig
+from runner.expected import EMBEDDING, head_of
 from runner.fp8 import linear
 from runner.layer import DecoderLayer
 from runner.moe import Observer
@@ -75,7 +76,7 @@ class Model:
             raise ToolkitError(f"token id {int(outside[0])} is outside the vocabulary of {config.vocab_size}")
         cache.check_room(count)
         self._parameters.begin_pass()
-        x_TD = self._parameters.rows("model.embed_tokens.weight", ids, config.vocab_size, config.hidden_size)
+        x_TD = self._parameters.rows(f"{EMBEDDING}.weight", ids, config.vocab_size, config.hidden_size)
         rotation = self._rope.rotation(cache.length, count)
         for layer in self._layers:
             layer(x_TD, cache, rotation, self.observer)
@@ -89,5 +90,5 @@ class Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head: [T, D] float32 to [T, V] float32."""
-        head = self._parameters.matrix("lm_head", self.config.vocab_size, self.config.hidden_size)
+        head = self._parameters.matrix(head_of(self.config), self.config.vocab_size, self.config.hidden_size)
         return linear(hidden, head, dtype=self.dtype)

@@ -65,7 +65,7 @@ class MtpParts:
     @cached_property
     def missing(self) -> tuple[str, ...]:
         """Names of tensors that it needs and that are not there."""
-        return tuple(name for name, _ in mtp_tensors(self._config) if name not in self.sizes)
+        return tuple(name for name, _ in mtp_tensors(self._config, self.sizes) if name not in self.sizes)
 
     @cached_property
     def copies(self) -> tuple[Copy, Copy]:
@@ -85,7 +85,7 @@ class MtpParts:
             )
         if self.missing:
             return f"{len(self.missing)} tensors of the MTP layer are missing, first {self.missing[0]}"
-        for name, shape in mtp_tensors(self._config):
+        for name, shape in mtp_tensors(self._config, self.sizes):
             found = self._checkpoint.shape(name)
             if found != shape:
                 return f"{name} has shape {list(found or ())}, but config.json asks for {list(shape)}"

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from manifests.errors import IntegrityError, ManifestError
 from manifests.names import expert_prefix
-from runner.fp8 import Matrix, Mlp, check, stored_matrix, widen
+from manifests.schema import PLAIN
+from runner import split_kv
+from runner.fp8 import Matrix, Mlp, check, dequantize, stored_matrix, widen
 
 
 class Expert(Protocol):
@@ -34,9 +36,14 @@ class Expert(Protocol):
     def tensors(self) -> Mapping[str, Tensor]:
         """Its stored tensors by their whole names."""
 
+    def encoding(self, name: str, /) -> str:
+        """What the bytes of one of these encode; ``plain`` for numbers."""
+
 
 class Weights(Protocol):
     """A store of tensors under their Hugging Face names; ``runner.weights.WeightStore`` is the real one."""
+
+    def __contains__(self, name: str, /) -> bool: ...
 
     def tensor(self, name: str, /) -> Tensor:
         """Give a tensor in its stored dtype."""
@@ -45,10 +52,10 @@ class Weights(Protocol):
         """Give ``prefix.weight`` with ``prefix.weight_scale_inv`` where the weight is FP8."""
 
     def shape(self, name: str, /) -> tuple[int, ...]:
-        """Give the shape of a tensor without reading it."""
+        """Give the shape of what a tensor stands for, without reading it."""
 
-    def rows(self, name: str, ids: Sequence[int], /) -> Tensor:
-        """Give some rows of a matrix in its stored dtype."""
+    def rows(self, name: str, ids: Sequence[int], /) -> Matrix:
+        """Give some rows of a matrix, as they are stored."""
 
     def expert_groups(self, layer: int, experts: Sequence[int], /) -> Iterator[Iterator[Sequence[Expert]]]:
         """Give routed experts in groups that follow their order, and in each group as they arrive."""
@@ -78,6 +85,29 @@ class Parameters:
         """
         return self._sized(replace(self._weights.matrix(prefix), name=f"{prefix}.weight"), rows, columns)
 
+    def kv_b(self, prefix: str, heads: int, sizes: tuple[int, int], latent: int) -> Matrix:
+        """Give ``kv_b_proj`` below ``prefix``, whole or made of its halves.
+
+        Args:
+            prefix: Such as "model.layers.3.self_attn".
+            heads: H.
+            sizes: Rows of each head that make keys, N, and those that make values, V.
+            latent: C.
+
+        Returns:
+            [H * (N+V), C].
+
+        Raises:
+            IntegrityError: It, or a half, has another shape.
+            Others: See `matrix`.
+        """
+        nope, value = sizes
+        if (parts := split_kv.halves(f"{prefix}.kv_b_proj.weight", self._weights)) is not None:
+            # Before they are joined: their sum could be right and its parts not.
+            for name, shape in zip(parts, ((heads, latent, nope), (heads, value, latent)), strict=True):
+                check_shape(name, self._weights.shape(name), shape)
+        return self.matrix(f"{prefix}.kv_b_proj", heads * (nope + value), latent)
+
     def vector(self, name: str, size: int) -> Tensor:
         """Give a small plain tensor as [size] float32, where a float may lie.
 
@@ -91,13 +121,14 @@ class Parameters:
         return wide.clone() if wide.data_ptr() % wide.element_size() else wide
 
     def rows(self, name: str, ids_T: Tensor, rows: int, columns: int) -> Tensor:
-        """Give the rows ``ids_T`` of a plain [rows, columns] tensor as [T, columns] float32, and no others.
+        """Give the rows ``ids_T`` of a [rows, columns] tensor without scales as [T, columns] float32, and no others.
 
         Raises:
             IntegrityError: It has another shape.
         """
         check_shape(name, self._weights.shape(name), (rows, columns))
-        return widen(self._weights.rows(name, ids_T.tolist()), name)
+        found = self._weights.rows(name, ids_T.tolist())
+        return widen(found.weight, name) if found.encoding == PLAIN else dequantize(found)
 
     def mlp(self, prefix: str, width: int, hidden: int) -> Mlp:
         """Give the MLP below ``prefix``, such as "model.layers.3.mlp.shared_experts".
@@ -151,7 +182,8 @@ def _held_matrix(expert: Expert, prefix: str) -> Matrix:
     weight = expert.tensors.get(f"{prefix}.weight")
     if weight is None:  # it takes no place in memory
         raise IntegrityError(f"{prefix}.weight has no numbers; the tensor is damaged")
-    return stored_matrix(prefix, weight, expert.tensors.get(f"{prefix}.weight_scale_inv"))
+    scale = expert.tensors.get(f"{prefix}.weight_scale_inv")
+    return stored_matrix(prefix, weight, scale, expert.encoding(f"{prefix}.weight"))
 
 
 def _checked_mlp(gate: Matrix, up: Matrix, down: Matrix) -> Mlp:

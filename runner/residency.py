@@ -47,6 +47,10 @@ class HeldExpert:
     tensors: dict[str, Tensor]
     prepared: Any = field(default=None)
 
+    def encoding(self, name: str) -> str:
+        """What the bytes of one of its tensors encode."""
+        return self.layout.places[name].encoding
+
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
@@ -194,7 +198,7 @@ class ExpertWindow:
     def _admit(self, key: Key) -> None:
         layout = self._layout_of(key)
         for name, place in layout.places.items():
-            dtype_of(name, place.dtype)  # refused before its size is
+            dtype_of(name, place.dtype, place.encoding)  # refused before its size is
         if layout.size > self._slot_bytes:
             raise IntegrityError(
                 f"expert {key[1]} of layer {key[0]} takes {layout.size} bytes, others {self._slot_bytes}; "

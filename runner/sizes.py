@@ -7,6 +7,7 @@ from runner.breakeven import Costs
 from runner.budget import Budget, Sizes, plan_budget
 from runner.config import ModelConfig
 from runner.contents import Contents, mtp_order, pass_order
+from runner.expected import head_of
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
 from runner.mtp_parts import MtpParts
 from runner.policy import Key
@@ -22,13 +23,13 @@ def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
 def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | None = None) -> Sizes:
     """Sizes of a checkpoint as they count against memory, with the MTP layer where one is given."""
     experts = routed_experts(config, has_mtp=mtp is not None)
-    groups = pass_order(config.num_hidden_layers)
+    groups = pass_order(config.num_hidden_layers, head_of(config))
     if mtp is not None:
         groups += mtp_order(mtp.layer, mtp.copies[1].used)
     layers = sorted({layer for layer, _ in experts})
     slot = contents.slot_bytes(layers, PAGE_BYTES)
     if io == "mmap" and contents.is_in_place:
-        slot += 2 * HUGE_PAGE_BYTES  # of its neighbours in the file, at both ends
+        slot += 2 * HUGE_PAGE_BYTES * contents.expert_parts(layers)  # of its neighbours in the file, at both ends
     return Sizes(
         dense=contents.dense_bytes(groups),
         expert=contents.expert_bytes(layers),
@@ -61,11 +62,11 @@ def mtp_costs(contents: Contents, config: ModelConfig, mtp: MtpParts) -> Costs:
 
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     return Costs(
-        fixed=needed(pass_order(config.num_hidden_layers)),
+        fixed=needed(pass_order(config.num_hidden_layers, head_of(config))),
         layers=len(layers),
         experts=config.n_routed_experts,
         top=config.num_experts_per_tok,
         expert=contents.expert_bytes(layers),
         mtp_fixed=mtp.bytes_by_kind["dense"],
-        head=needed(["lm_head"]),
+        head=needed([head_of(config)]),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import IntegrityError, ToolkitError
+from runner import split_kv
 from runner.background import Background
 from runner.contents import Contents, group_of
 from runner.dense import DenseWeights
@@ -64,6 +65,7 @@ class WeightStore:
             policy=Policy(),
         )
         self._rows_read = 0
+        self._joined: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._contents
@@ -83,7 +85,9 @@ class WeightStore:
             expert_hits=counters.hits,
             expert_misses=counters.misses,
             wait_s=self._dense.wait_s + counters.wait_s,
-            resident_bytes=self._window.held_bytes + self._dense.read_bytes,
+            resident_bytes=self._window.held_bytes
+            + self._dense.read_bytes
+            + sum(tensor.nbytes for tensor in self._joined.values()),
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -99,35 +103,44 @@ class WeightStore:
         found = self._dense.group(group_of(name)).get(name)
         if found is None:
             location = self._contents.locate(name)  # refuses what the checkpoint does not have
-            return torch.empty(location.shape, dtype=dtype_of(name, location.dtype))  # it has no bytes
+            # It has no bytes.
+            return torch.empty(location.shape, dtype=dtype_of(name, location.dtype, location.encoding))
         return found
 
     def matrix(self, prefix: str) -> Matrix:
-        """``prefix.weight``, with ``prefix.weight_scale_inv`` when it is stored in FP8.
+        """``prefix.weight`` as it is stored, with ``prefix.weight_scale_inv`` when that is FP8.
+
+        What the checkpoint has in two halves is made of them, and kept; see `runner.split_kv`.
 
         Raises:
             ManifestError: The weight, or its scales, are not in the checkpoint.
-            Others: See `tensor`.
+            Others: See `tensor` and `dequantize`.
         """
-        weight, scale_name = self.tensor(f"{prefix}.weight"), f"{prefix}.weight_scale_inv"
-        return stored_matrix(prefix, weight, self.tensor(scale_name) if scale_name in self else None)
+        name, scale_name = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
+        if (parts := split_kv.halves(name, self)) is not None:
+            if name not in self._joined:
+                k_b, v_b = (self.matrix(part.removesuffix(".weight")) for part in parts)
+                self._joined[name] = split_kv.join(k_b, v_b)
+            return Matrix(weight=self._joined[name], scale=None, name=name)
+        scale = self.tensor(scale_name) if scale_name in self else None
+        return stored_matrix(prefix, self.tensor(name), scale, self._contents.encoding(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape of a tensor, which is not read for it.
+        """The shape of what a tensor stands for; it is not read for it.
 
         Raises:
             ManifestError: The checkpoint has no such tensor.
         """
-        return self._contents.locate(name).shape
+        return self._contents.locate(name).logical_shape
 
-    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
-        """Some rows of a matrix, [len(ids), columns] in its stored dtype; no others are read.
+    def rows(self, name: str, ids: Sequence[int]) -> Matrix:
+        """Some rows of a matrix as they are stored, len(ids) of them; no others are read.
 
         Raises:
             See `tensor`.
         """
         location = self._contents.locate(name)
-        dtype = dtype_of(name, location.dtype)
+        dtype = dtype_of(name, location.dtype, location.encoding)
         row_bytes = location.shape[1] * dtype.itemsize
         found = bytearray(len(ids) * row_bytes)
         view = memoryview(found)
@@ -141,11 +154,14 @@ class WeightStore:
                 if count < row_bytes:
                     raise IntegrityError(f"{location.path}: ends at byte {at + count}; it was cut while in use")
         self._rows_read += len(found)
-        return torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+        rows = torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
+        return Matrix(weight=rows, scale=None, name=name, encoding=location.encoding)
 
     def dense_tensors(self) -> Iterator[Tensor]:
-        """All dense weights that are in memory."""
-        return self._dense.tensors()
+        """All dense weights that are in memory and that products read."""
+        used_up = {part for name in self._joined for part in split_kv.halves(name, self) or ()}
+        yield from (tensor for name, tensor in self._dense.tensors() if name not in used_up)
+        yield from self._joined.values()
 
     def forget_cached(self, experts: Sequence[Key]) -> None:
         """Ask the system to put these experts' files out of its cache; those that are mapped stay."""

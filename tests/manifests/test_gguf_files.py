@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import manifests
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from manifests.gguf_names import Stack, to_hugging_face
 from manifests.names import Role, parse_name
 from tests.fuzz.gguf_bytes import ARRAY, I32, STRING, U16, U32, header, place
@@ -105,17 +105,19 @@ def test_the_files_of_a_model_in_their_order(model: tuple[Path, Written]) -> Non
     assert len(manifest.files) == {"split": 5, "metadata_first": 4}.get(folder.name, 1)
 
 
-def test_quantised_tensors_are_not_handed_out_as_plain_ones(tmp_path: Path) -> None:
+def test_quantised_tensors_are_handed_out_as_bytes_that_say_what_they_encode(tmp_path: Path) -> None:
     written = write_gguf(tmp_path / "x.gguf")
     checkpoint = manifests.open(tmp_path / "x.gguf")
-    norm = checkpoint.find("model.norm.weight")
-    assert norm is not None
-    assert stored(norm) == written["output_norm.weight"][2]
-    for ask in (lambda: checkpoint.find("lm_head.weight"), lambda: checkpoint.expert(1, 0)):
-        with pytest.raises(UnsupportedModelError, match="is encoded as"):
-            ask()
-    assert checkpoint.locate("lm_head.weight") is not None
-    assert checkpoint.shape("lm_head.weight") == (64, 210)
+    head = checkpoint.find("lm_head.weight")
+    assert head is not None
+    assert (head.dtype, head.shape, head.encoding, head.logical_shape) == ("U8", (64, 210), "Q6_K", (64, 256))
+    assert stored(head) == written["output.weight"][2]
+    assert checkpoint.shape("lm_head.weight") == (64, 256)
+    stack = written["blk.1.ffn_up_exps.weight"][2]
+    view = checkpoint.expert(1, 3)["up_proj.weight"]
+    assert (view.dtype, view.shape, view.location.encoding) == ("U8", (64, 272), "Q8_0")
+    assert bytes(view.data) == stack[3 * 64 * 272 : 4 * 64 * 272]
+    assert checkpoint.unreadable() == []
 
 
 def test_one_file_of_a_split_model_is_listed_alone(tmp_path: Path) -> None:

@@ -274,8 +274,8 @@ class DictStore:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
-        return self.tensor(name)[list(ids)]
+    def rows(self, name: str, ids: Sequence[int]) -> Matrix:
+        return Matrix(weight=self.tensor(name)[list(ids)], scale=None, name=name)
 
     def expert_groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list["DictExpert"]]]:
         yield iter([[DictExpert(key=(layer, expert), tensors=self._expert(layer, expert)) for expert in experts]])
@@ -297,3 +297,6 @@ class DictExpert:
     key: tuple[int, int]
     tensors: dict[str, Tensor]
     prepared: Any = None
+
+    def encoding(self, name: str) -> str:
+        return "plain"

@@ -235,7 +235,6 @@ def test_sizes_that_contradict_each_other_are_refused(v3: Config, changes: Confi
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"moe_layer_freq": 2}, "moe_layer_freq"),
         ({"rope_interleave": False}, "rope_interleave"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),
