@@ -1,13 +1,13 @@
 """Tiny GGUF models of architecture deepseek2, written with the ggml project's own package.
 
-The metadata and the forms of tensors are those of llama.cpp's converter in its two generations. Bytes are random:
-nothing here computes with them, they must only be found where they are.
+The metadata and the forms of tensors are those of llama.cpp's converter in its two generations. Bytes are random, where
+they must only be found where they are; `write_model` writes given weights, to compute with.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from manifests.gguf_names import Stack, to_hugging_face
+
 Config = Mapping[str, Any]
+Data = Callable[[str, tuple[int, ...], Type], tuple[Type, np.ndarray]]
+"""Gives type and stored bytes of a tensor, of its name, its shape and the type that `tensors` has for it."""
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -176,6 +180,8 @@ def write_gguf(
     fused: bool = False,
     forms: Config | None = None,
     change: Mapping[str, Any] | None = None,
+    data: Data | None = None,
+    leave_out: Collection[str] = (),
     **options: Any,
 ) -> dict[str, tuple[tuple[int, ...], Type, bytes]]:
     """Write a model.
@@ -188,6 +194,8 @@ def write_gguf(
         fused: Whether gate and up are one stack.
         forms: A config with the sizes of tensors, where those of config would be too large to write.
         change: Metadata of another value; None for a key that is left out.
+        data: What tensors are; random bytes when not given.
+        leave_out: Names of tensors that are not written.
         options: For `gguf.GGUFWriter`, such as ``split_max_tensors``.
 
     Returns:
@@ -204,12 +212,98 @@ def write_gguf(
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     written = {}
-    for name, shape, kind in tensors(forms or config, new=new, fused=fused):
-        data = stored_bytes(name, shape, kind)
-        written[name] = shape, kind, data.tobytes()
-        writer.add_tensor(name, data, raw_dtype=kind)
+    for name, shape, usual in tensors(forms or config, new=new, fused=fused):
+        if name in leave_out:
+            continue
+        kind, stored = (usual, stored_bytes(name, shape, usual)) if data is None else data(name, shape, usual)
+        written[name] = shape, kind, stored.tobytes()
+        writer.add_tensor(name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+Kinds = Callable[[str, tuple[int, ...]], Type]
+"""The type of a matrix, of its name in the file and its shape."""
+
+
+def write_model(
+    path: Path, config: Config, weights: Mapping[str, np.ndarray], kinds: Kinds, **options: Any
+) -> dict[str, np.ndarray]:
+    """Write a model of given weights.
+
+    Args:
+        path: Of the file, or of what the files of a split set are named after.
+        config: What config.json says.
+        weights: float32, by Hugging Face's names.
+        kinds: The type of each matrix; vectors and the router's matrix are float32, as the converter has them.
+        options: See `write_gguf`.
+
+    Returns:
+        What the file holds, expanded to float32, by Hugging Face's names. Of Q4_K and Q6_K, which the package cannot
+        make, these are random blocks and not what was given.
+    """
+    held: dict[str, np.ndarray] = {}
+
+    def data(name: str, shape: tuple[int, ...], _: Type) -> tuple[Type, np.ndarray]:
+        is_plain = len(shape) == 1 or name.endswith("ffn_gate_inp.weight")
+        kind = Type.F32 if is_plain else kinds(name, shape)
+        if kind in _RANDOM:
+            stored = _RANDOM[kind](np.random.default_rng(len(held)), shape)
+        else:
+            stored = gguf.quants.quantize(np.ascontiguousarray(_gather(name, shape, config, weights)), kind)
+        _spread(name, gguf.quants.dequantize(stored, kind), held)
+        return kind, stored
+
+    write_gguf(path, config, data=data, **options)
+    for name in [name for name in held if name.endswith(".k_b_proj.weight")]:
+        k_b, v_b = held.pop(name), held.pop(name.replace(".k_b_proj.", ".v_b_proj."))
+        # A head's rows for keys, which are columns here, then those for values.
+        heads = [np.concatenate([k_b[head].T, v_b[head]]) for head in range(len(k_b))]
+        held[name.replace(".k_b_proj.", ".kv_b_proj.")] = np.concatenate(heads)
+    return held
+
+
+def _gather(name: str, shape: tuple[int, ...], config: Config, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    target = to_hugging_face(name)
+    if isinstance(target, Stack):
+        found = np.stack([np.concatenate([weights[one] for one in target.names(e)]) for e in range(shape[0])])
+    elif ".k_b_proj." in target or ".v_b_proj." in target:
+        nope = config["qk_nope_head_dim"]
+        whole = weights[target.replace(".k_b_proj.", ".kv_b_proj.").replace(".v_b_proj.", ".kv_b_proj.")]
+        heads = np.split(whole, config["num_attention_heads"])
+        found = np.stack([head[:nope].T if ".k_b_proj." in target else head[nope:] for head in heads])
+    else:
+        found = weights[target]
+    assert found.shape == shape, name
+    return found
+
+
+def _spread(name: str, values: np.ndarray, held: dict[str, np.ndarray]) -> None:
+    target = to_hugging_face(name)
+    if isinstance(target, str):
+        held[target] = values
+        return
+    for expert, matrix in enumerate(values):
+        held.update(zip(target.names(expert), np.split(matrix, len(target.parts)), strict=True))
+
+
+def _q4_k(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random blocks of values around 0 that spread by about 1/16: d and dmin, 12 bytes of six-bit scales, nibbles."""
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, 144), dtype=np.uint8)
+    scales = np.array([2.8e-4, 7.5 * 2.8e-4], np.float16) * rng.uniform(0.5, 1.5, (*blocks.shape[:-1], 2))
+    blocks[..., :4] = scales.astype(np.float16).view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def _q6_k(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """The same: numbers of six bits, sixteen signed bytes of scales, and a scale d of all at the end."""
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, 210), dtype=np.uint8)
+    scales = 4.6e-5 * rng.uniform(0.5, 1.5, (*blocks.shape[:-1], 1))
+    blocks[..., 208:] = scales.astype(np.float16).view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+_RANDOM = {Type.Q4_K: _q4_k, Type.Q6_K: _q6_k}

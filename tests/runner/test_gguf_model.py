@@ -1,0 +1,366 @@
+"""Models of GGUF files run in place: the same bits as from safetensors files that hold the expanded values."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import manifests
+from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.names import expert_prefix
+from runner import kernels, split_kv
+from runner.config import ModelConfig
+from runner.contents import Contents, pass_order
+from runner.engine import Engine
+from runner.loaded import LoadedModel, open_checkpoint
+from runner.model import Model
+from runner.sizes import measure, routed_experts
+from runner.weights import WeightStore
+from tests.gguf_files import Kinds, write_model
+
+IDS = torch.randint(288, (19,), generator=torch.Generator().manual_seed(3)).tolist()
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "num_nextn_predict_layers": 0,
+}
+"""Whole blocks in every row: of 32, and of 256 where rows are as long as the residual stream."""
+
+
+def one(kind: Type) -> Kinds:
+    return lambda name, shape: kind
+
+
+def mixed(name: str, shape: tuple[int, ...]) -> Type:
+    return Type.Q5_0 if "down" in name or "attn_k" in name or name == "output.weight" else Type.Q4_0
+
+
+def k_types(name: str, shape: tuple[int, ...]) -> Type:
+    """As Q4_K_M has it: some matrices in more bits, others in 32s where a row is no whole block of 256."""
+    if shape[-1] % 256:
+        return Type.Q8_0 if "down" in name else Type.Q5_0
+    return Type.Q6_K if name == "output.weight" or "down" in name or "attn_q" in name else Type.Q4_K
+
+
+KINDS: dict[str, Kinds] = {
+    "F32": one(Type.F32),
+    "F16": one(Type.F16),
+    "BF16": one(Type.BF16),
+    "Q8_0": one(Type.Q8_0),
+    "mixed": mixed,
+    "K": k_types,
+}
+
+
+class Case:
+    """A GGUF file, and a folder of safetensors with what it holds."""
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray], kinds: Kinds, **options: Any
+    ):
+        self.config = config
+        self.gguf = folder / "model.gguf"
+        self.held = write_model(self.gguf, config, weights, kinds, **options)
+        self.twin = folder / "twin"
+        self.twin.mkdir()
+        write_twin(self.twin, config, self.held)
+
+    @functools.cached_property
+    def expected(self) -> Tensor:
+        found = logits(self.twin)
+        assert found.std() > 1
+        return found
+
+
+def write_twin(folder: Path, config: dict[str, Any], held: dict[str, np.ndarray]) -> None:
+    save_file({name: torch.from_numpy(value).clone() for name, value in held.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def logits(path: Path, **options: Any) -> Tensor:
+    return LoadedModel(path, ctx=64, **options).logits(IDS)
+
+
+Cases = Callable[..., Case]
+
+
+@pytest.fixture(scope="module")
+def cases(
+    tmp_path_factory: pytest.TempPathFactory,
+    reference: SimpleNamespace,
+    tiny_configs: dict[str, dict[str, Any]],
+) -> Cases:
+    """Cases by family, types and generation; each made once."""
+
+    def config_of(family: str, **changes: Any) -> dict[str, Any]:
+        config = {key: value for key, value in tiny_configs[family].items() if key != "quantization_config"}
+        q_rank = {"q_lora_rank": 96} if config["q_lora_rank"] else {}
+        return config | SIZES | q_rank | changes
+
+    @functools.cache
+    def case(family: str, kinds: str = "mixed", *, new: bool = True, tied: bool = False, **options: Any) -> Case:
+        config = config_of(family, tie_word_embeddings=tied)
+        stored = reference.tiny.make_weights(config, None)
+        weights = {name: tensor.float().numpy() for name, tensor in stored.items()}
+        leave_out = ("output.weight",) if tied else ()
+        folder = tmp_path_factory.mktemp("gguf-model")
+        return Case(folder, config, weights, KINDS[kinds], new=new, leave_out=leave_out, **options)
+
+    return case
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("family", ["v2_lite", "v3"])
+def test_the_file_and_its_expanded_twin_have_the_same_bits(cases: Cases, family: str, kinds: str, new: bool) -> None:
+    case = cases(family, kinds, new=new)
+    assert ModelConfig.from_dict(manifests.open(case.gguf).config) == ModelConfig.from_dict(case.config)
+    assert torch.equal(logits(case.gguf), case.expected)
+
+
+@pytest.mark.parametrize("family", ["v2", "moonlight"])
+def test_other_routers_come_through_the_metadata(cases: Cases, family: str) -> None:
+    """Groups by their best expert and no bias; a bias, one group and no YaRN."""
+    case = cases(family)
+    assert torch.equal(logits(case.gguf), case.expected)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
+def test_the_mathematics_is_that_of_the_oracle(cases: Cases, reference: SimpleNamespace, new: bool) -> None:
+    case = cases("v3", "Q8_0", new=new)
+    weights = {name: torch.from_numpy(value) for name, value in case.held.items()}
+    expected = reference.deepseek.forward(case.config, weights, IDS)
+    torch.testing.assert_close(logits(case.gguf).double(), expected, rtol=0, atol=2e-4)
+
+
+def in_window(path: Path, slots: int | None, io: str, pass_tokens: int) -> tuple[Tensor, WeightStore]:
+    """Logits with so many experts in memory, and so many tokens of a pass."""
+    checkpoint = open_checkpoint(path)
+    config = ModelConfig.from_dict(checkpoint.config)
+    store = WeightStore(
+        Contents(checkpoint),
+        order=pass_order(config.num_hidden_layers),
+        experts=routed_experts(config),
+        slots=slots,
+        io=io,
+    )
+    engine = Engine(Model(config, store), ctx=64, pass_tokens=pass_tokens)
+    return engine.logits(IDS), store
+
+
+@pytest.mark.skipif(not kernels.supported(), reason="mapping, and rows that do not depend on others, need the kernels")
+@pytest.mark.parametrize("pass_tokens", [1, 5, 64])
+@pytest.mark.parametrize("io", ["mmap", "direct"])
+@pytest.mark.parametrize("slots", [1, 7, None])
+@pytest.mark.parametrize("kinds", ["mixed", "K"])
+def test_memory_reading_and_passes_change_no_bit(
+    cases: Cases, kinds: str, slots: int | None, io: str, pass_tokens: int
+) -> None:
+    case = cases("v3", kinds)
+    found, store = in_window(case.gguf, slots, io, pass_tokens)
+    assert torch.equal(found, case.expected)
+    if slots is None:
+        assert store.usage.expert_misses <= 32
+    elif pass_tokens == 1:
+        assert store.usage.expert_misses > 32  # some were read again
+
+
+@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.parametrize("kinds", ["F16", "mixed"])
+def test_without_kernels_too(cases: Cases, kinds: str) -> None:
+    case = cases("v2_lite", kinds)
+    assert torch.equal(logits(case.gguf, io="direct"), logits(case.twin, io="direct"))
+
+
+def test_experts_are_read_alone(cases: Cases) -> None:
+    """What nobody chose stays on the disk, though it lies in one tensor with what was chosen."""
+    case = cases("v3", "Q8_0")
+    loaded = LoadedModel(case.gguf, ctx=64, io="direct")
+    loaded.logits(IDS[:1])
+    experts, size = 2 * case.config["num_experts_per_tok"], loaded.budget.expert
+    assert size == 3 * 64 * 256 // 32 * 34
+    assert loaded.weights.usage.expert_misses == experts
+    files = case.gguf.stat().st_size
+    stacks = 2 * case.config["n_routed_experts"] * size
+    embedding = case.config["vocab_size"] * 256 // 32 * 34
+    # Of the embedding one row, of the rest all.
+    assert loaded.weights.read_bytes < files - stacks - embedding + experts * size + 65536
+
+
+def test_only_the_rows_that_are_asked_for_are_read_and_expanded(cases: Cases) -> None:
+    case = cases("v3", "K")
+    store = WeightStore(Contents(open_checkpoint(case.gguf)))
+    rows = store.rows("model.embed_tokens.weight", [5, 287, 5])
+    assert (rows.encoding, tuple(rows.weight.shape), rows.shape) == ("Q4_K", (3, 144), (3, 256))
+    assert store.usage.read_bytes == 3 * 144
+    assert store.shape("model.embed_tokens.weight") == (288, 256)
+
+
+def test_the_embedding_serves_as_head_where_there_is_none(cases: Cases) -> None:
+    case = cases("v2_lite", tied=True)
+    assert "lm_head.weight" not in case.held
+    found = logits(case.gguf)
+    assert torch.equal(found, case.expected)
+    # The twin is tied as well; this one has the same matrix twice.
+    apart = case.twin.with_name("apart")
+    apart.mkdir()
+    head = {"lm_head.weight": case.held["model.embed_tokens.weight"]}
+    write_twin(apart, case.config | {"tie_word_embeddings": False}, case.held | head)
+    assert torch.equal(logits(apart), found)
+    plan, other = (LoadedModel(path, ctx=64).budget.dense for path in (case.twin, apart))
+    assert plan == other
+
+
+def test_a_folder_with_one_model_whole_or_split(cases: Cases, tmp_path: Path) -> None:
+    case = cases("v3", "mixed")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "any.gguf").symlink_to(case.gguf)
+    with pytest.raises(ManifestError, match="leaves the folder"):
+        LoadedModel(tmp_path / "one")
+    assert torch.equal(logits(case.gguf.parent), case.expected)
+    split = cases("v3", "mixed", split_max_tensors=11)
+    (first, *others) = sorted(split.gguf.parent.glob("*.gguf"))
+    assert others
+    assert torch.equal(logits(first.parent), case.expected)
+    with pytest.raises(SourceNotFoundError, match="one file of a split model; give the folder"):
+        LoadedModel(first)
+
+
+def test_what_is_made_of_the_halves_is_counted(cases: Cases) -> None:
+    halves, whole = cases("v3", "F16", new=True), cases("v3", "F16", new=False)
+    made = 3 * 4 * (32 + 64) * 64 * 4
+    sizes = []
+    for case in (halves, whole):
+        checkpoint = open_checkpoint(case.gguf)
+        config = ModelConfig.from_dict(checkpoint.config)
+        sizes.append(measure(Contents(checkpoint), config, "direct").dense)
+    assert sizes[0] - sizes[1] == made
+    _, store = in_window(halves.gguf, None, "direct", 64)
+    _, other = in_window(whole.gguf, None, "direct", 64)
+    dense = [sum(tensor.nbytes for tensor in one.dense_tensors()) for one in (store, other)]
+    # Whoever reads all dense weights for a token reads the joined ones, in float32, and not the halves.
+    assert dense[0] - dense[1] == made // 2
+    held = [one.usage.resident_bytes - one.usage.read_bytes for one in (store, other)]
+    assert held[0] - held[1] == made
+
+
+def test_halves_of_the_wrong_sizes_are_refused_though_their_sum_is_right(cases: Cases, tmp_path: Path) -> None:
+    case = cases("v3", "F32", new=True)
+    config = case.config | {"qk_nope_head_dim": 64, "v_head_dim": 32, "kv_lora_rank": 64}
+    store = WeightStore(Contents(open_checkpoint(case.gguf)))
+    model = Model(ModelConfig.from_dict(config), store)
+    prefix, heads = "model.layers.0.self_attn", config["num_attention_heads"]
+    with pytest.raises(IntegrityError, match=r"k_b_proj\.weight has shape \[4, 64, 32\], but .* \[4, 64, 64\]"):
+        model._parameters.kv_b(prefix, heads, (64, 32), 64)
+    assert model._parameters.kv_b(prefix, heads, (32, 64), 64).shape == (384, 64)
+
+
+def test_one_half_alone_is_named(cases: Cases) -> None:
+    assert split_kv.halves("a.kv_b_proj.weight", {"a.k_b_proj.weight"}) is None
+    assert split_kv.halves("a.kv_b_proj.weight", {"a.k_b_proj.weight", "a.v_b_proj.weight"}) is not None
+    assert split_kv.halves("a.o_proj.weight", {"a.k_b_proj.weight", "a.v_b_proj.weight"}) is None
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Q8_1", "an activation's"), ("Q8_K", "another"), ("Q1_0", "a new one")])
+def test_blocks_that_cannot_be_expanded_are_refused_at_opening(
+    cases: Cases, tmp_path: Path, call: Callable[..., Result], kind: str, name: str
+) -> None:
+    elements, size = {"Q8_1": (32, 40), "Q8_K": (256, 292), "Q1_0": (128, 18)}[kind]
+    number = {"Q8_1": 9, "Q8_K": 15, "Q1_0": 41}[kind]
+    path = write_header(tmp_path / "x.gguf", number, 256, 256 // elements * size)
+    with pytest.raises(
+        UnsupportedModelError, match=f"model.embed_tokens.weight is encoded as {kind}; the runner reads"
+    ):
+        LoadedModel(path)
+    result = call("logits", "-m", path, "--ids", "1")
+    assert result.exit_code == 14, name
+    assert f"model.embed_tokens.weight is encoded as {kind}" in result.stderr
+
+
+def write_header(path: Path, number: int, columns: int, size: int) -> Path:
+    """A file with an embedding of one row of this type alone: nothing else is looked at before it."""
+
+    def text(value: str) -> bytes:
+        return len(value).to_bytes(8, "little") + value.encode()
+
+    head = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    head += text("general.architecture") + (8).to_bytes(4, "little") + text("deepseek2")
+    head += text("token_embd.weight") + (1).to_bytes(4, "little") + columns.to_bytes(8, "little")
+    head += number.to_bytes(4, "little") + (0).to_bytes(8, "little")
+    path.write_bytes(head + bytes(-len(head) % 32) + bytes(size) + bytes(-size % 32))
+    return path
+
+
+def test_another_architecture_is_named(cases: Cases, tmp_path: Path) -> None:
+    content = cases("v3").gguf.read_bytes().replace(b"deepseek2", b"deepseek9")
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match="is of architecture 'deepseek9'; the runner knows deepseek2"):
+        LoadedModel(tmp_path / "x.gguf")
+
+
+def test_the_package_is_asked_for_at_opening(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(
+        ToolkitError, match=r"needs the package gguf; install it with: pip install 'expert-reshard\[gguf\]'"
+    ):
+        LoadedModel(cases("v3", "mixed").gguf)
+    assert LoadedModel(cases("v3", "F16").gguf).root
+
+
+def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = manifests.open(cases("v3", "mixed").gguf)
+    entry = next(one for one in checkpoint.manifest.files[0].tensors if one.encoding == "Q4_0")
+    object.__setattr__(entry, "logical_shape", (*entry.logical_shape[:-1], entry.logical_shape[-1] + 32))
+    monkeypatch.setattr(manifests, "open", lambda path: checkpoint)
+    with pytest.raises(IntegrityError, match=r"in Q4_0 and stored as U8 .* 18 bytes, so the checkpoint is damaged"):
+        open_checkpoint(checkpoint.root)
+
+
+def test_single_shards_are_still_refused(cases: Cases) -> None:
+    with pytest.raises(SourceNotFoundError, match="is one file; give the folder"):
+        LoadedModel(cases("v3").twin / "model.safetensors")
+
+
+def test_the_bytes_of_an_expert_are_handed_out_as_they_are(cases: Cases) -> None:
+    case = cases("v3", "Q8_0")
+    view = manifests.open(case.gguf).expert(1, 3)["down_proj.weight"]
+    blocks = np.frombuffer(view.data, np.uint8).reshape(-1, 34)
+    scales, numbers = blocks[:, :2].copy().view(np.float16).astype(np.float32), blocks[:, 2:].view(np.int8)
+    expected = case.held[f"{expert_prefix(1, 3)}down_proj.weight"]
+    assert np.array_equal((scales * numbers).reshape(expected.shape), expected)
+
+
+def test_commands_take_the_file(cases: Cases, call: Callable[..., Result], tmp_path: Path) -> None:
+    case = cases("v3", "mixed")
+    ids = ",".join(map(str, IDS))
+    result = call("logits", "-m", case.gguf, "--ids", ids, "--out", tmp_path / "out.safetensors")
+    assert result.exit_code == 0, result.output
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], case.expected)
+    result = call("bench", "-m", case.gguf, "--prompt-tokens", "9", "-n", "5")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["fixed_bytes"] > 0
+    # The file has a vocabulary that no model has; nothing else is wrong with it, whichever form kv_b_proj has.
+    for path in (case.gguf, cases("v3", "mixed", new=False).gguf):
+        found = json.loads(call("doctor", "-m", path, "--json").stdout)
+        assert {problem["topic"] for problem in found["problems"]} <= {"tokenizer"}
+        assert found["forecast"]["budget"]["dense_bytes"] > 0
