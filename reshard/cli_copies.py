@@ -29,6 +29,7 @@ from reshard.cli_options import (
 )
 from reshard.repair import UnrepairedError
 from reshard.saved import require_source
+from reshard.source import source_root
 from reshard.verify import Damage
 from reshard.workers import DEFAULT_JOBS
 
@@ -38,7 +39,7 @@ SHOWN_NAMES = 5
 
 @click.command()
 @folder_argument("dst")
-@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source in this folder.")
+@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source, a folder or GGUF file.")
 @jobs_option
 @events_option
 @quiet_option
@@ -61,7 +62,7 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
         own = verifying.verify(checkpoint, jobs=jobs, progress=progress)
         findings = list(own)
         if against is not None:
-            findings += verifying.verify_against(checkpoint, against, jobs=jobs, progress=progress)
+            findings += verifying.verify_against(checkpoint, source_root(against), jobs=jobs, progress=progress)
     unnamed = verifying.find_unnamed(checkpoint)
     if as_json:
         damage = [dataclasses.asdict(finding) for finding in findings]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from manifests.console import format_bytes, format_seconds
+from manifests.console import counted, format_bytes, format_seconds
 from manifests.errors import ResourceError, ToolkitError
 from manifests.schema import Selection
 from reshard.consume import same_disk
@@ -195,8 +195,8 @@ class _Examination:
         facts = self._facts
         facts.shards, facts.payload_bytes, facts.files = len(source.shards), plan.payload_bytes, len(plan.files)
         facts.tensors = sum(len(file.tensors) for file in plan.files)
-        size = format_bytes(plan.payload_bytes)
-        self._add("source", "ok", f"{self._source_path}: {facts.shards} shards, {facts.tensors:,} tensors, {size}")
+        shards, size = counted(facts.shards, "shard"), format_bytes(plan.payload_bytes)
+        self._add("source", "ok", f"{self._source_path}: {shards}, {facts.tensors:,} tensors, {size}")
         # All of it, unless the destination is found to hold some.
         self._remaining = find_remaining(source, plan, Earlier(), None)
         return source, plan

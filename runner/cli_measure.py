@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manifests.console import counted, format_rate, format_seconds, json_option, print_json, printable, quiet_option
-from manifests.errors import SourceNotFoundError, ToolkitError
+from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
 from runner.cli_options import (
     FileName,
     as_dtype,
@@ -200,10 +200,10 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _token_text(loaded: LoadedModel, token: int) -> str | None:
-    """What a token spells; None when the checkpoint has no tokenizer, which ids do without."""
+    """What a token spells; None when the checkpoint has no tokenizer, or one of another kind: ids do without."""
     try:
         return loaded.text.decode([token], control_tokens=True)
-    except SourceNotFoundError:
+    except (SourceNotFoundError, UnsupportedModelError):
         return None
 
 

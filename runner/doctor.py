@@ -256,12 +256,11 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast
     """Measure this machine on the checkpoint's own files, and foretell."""
     from runner import floors, kernels
     from runner.contents import Contents, pass_order
-    from runner.loaded import default_io
     from runner.reading import Direct, Mapped
-    from runner.sizes import measure, plan_memory, routed_experts
+    from runner.sizes import default_io, measure, plan_memory, routed_experts
 
     contents = Contents(checkpoint)
-    sizes = measure(contents, config, default_io())
+    sizes = measure(contents, config, default_io(contents, config))
     budget = plan_memory(contents, config, sizes)
     experts = routed_experts(config)
     fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers, head_of(config)))

@@ -31,7 +31,7 @@ from runner.mtp_parts import MtpParts
 from runner.pace import Pace
 from runner.policy import Key
 from runner.sampling import SamplingParams
-from runner.sizes import measure, plan_memory, routed_experts
+from runner.sizes import default_io, measure, plan_memory, routed_experts
 from runner.speculative import Speculation
 from runner.telemetry import RunStats, Telemetry
 from runner.text import StopScanner, Text, read_optional_json
@@ -41,11 +41,6 @@ Speculate = Literal["auto", "on", "off"]
 
 MAX_TOKENS = 128
 """New tokens when nobody says how many."""
-
-
-def default_io() -> str:
-    """How experts come in when nobody says: mapped, but that needs the compiled library."""
-    return "direct" if kernels.library() is None else "mmap"
 
 
 class Generation:
@@ -116,7 +111,7 @@ class LoadedModel:
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
-        io: How experts come into memory, a key of `weights.WAYS`; see `default_io`.
+        io: How experts come into memory, a key of `weights.WAYS`; see `sizes.default_io`.
         pin: A routing trace; the experts that it used most are read now and stay in memory.
         speculate: Whether the MTP layer guesses tokens, several of which are then checked in one pass: ``on``,
             ``off``, or ``auto``, while it pays. The text is the same.
@@ -166,8 +161,8 @@ class LoadedModel:
         config = ModelConfig.from_dict(checkpoint.config)
         self._checkpoint = checkpoint
         self.root = checkpoint.root
-        self.io = io or default_io()
         self.contents = contents = Contents(checkpoint)
+        self.io = io or default_io(contents, config)
         self.mtp = MtpParts(checkpoint, config)
         self.budget, has_mtp = self._plan(config, ram=ram, ctx=ctx, speculate=speculate)
         self.ctx = self.budget.ctx

@@ -1,6 +1,6 @@
 """What a checkpoint takes of memory and of a pass: the sizes that budgets and floors are counted with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from runner import kernels, machine
 from runner.breakeven import Costs
@@ -20,6 +20,22 @@ def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
     return [(layer, expert) for layer in layers for expert in range(config.n_routed_experts)]
 
 
+def default_io(contents: Contents, config: ModelConfig) -> str:
+    """How experts come in when nobody says: mapped.
+
+    But not without the compiled library, which that needs; nor where an expert takes less memory than the huge pages that
+    its parts share with their neighbours, as in a GGUF file of small experts: then half as many would fit.
+    """
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+    is_dear = _shared_bytes(contents, layers) > contents.expert_bytes(layers)
+    return "direct" if is_dear or kernels.library() is None else "mmap"
+
+
+def _shared_bytes(contents: Contents, layers: Iterable[int]) -> int:
+    """What a mapped expert takes beyond itself: huge pages of its neighbours in the file, at both ends of each part."""
+    return 2 * HUGE_PAGE_BYTES * contents.expert_parts(layers) if contents.is_in_place else 0
+
+
 def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | None = None) -> Sizes:
     """Sizes of a checkpoint as they count against memory, with the MTP layer where one is given."""
     experts = routed_experts(config, has_mtp=mtp is not None)
@@ -28,8 +44,8 @@ def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | No
         groups += mtp_order(mtp.layer, mtp.copies[1].used)
     layers = sorted({layer for layer, _ in experts})
     slot = contents.slot_bytes(layers, PAGE_BYTES)
-    if io == "mmap" and contents.is_in_place:
-        slot += 2 * HUGE_PAGE_BYTES * contents.expert_parts(layers)  # of its neighbours in the file, at both ends
+    if io == "mmap":
+        slot += _shared_bytes(contents, layers)
     return Sizes(
         dense=contents.dense_bytes(groups),
         expert=contents.expert_bytes(layers),

@@ -182,6 +182,7 @@ def write_gguf(
     change: Mapping[str, Any] | None = None,
     data: Data | None = None,
     leave_out: Collection[str] = (),
+    tokenizer: bool = True,
     **options: Any,
 ) -> dict[str, tuple[tuple[int, ...], Type, bytes]]:
     """Write a model.
@@ -196,6 +197,7 @@ def write_gguf(
         change: Metadata of another value; None for a key that is left out.
         data: What tensors are; random bytes when not given.
         leave_out: Names of tensors that are not written.
+        tokenizer: Whether there are tokens, which do not make a tokenizer, and ids of those that begin and end a text.
         options: For `gguf.GGUFWriter`, such as ``split_max_tensors``.
 
     Returns:
@@ -206,11 +208,12 @@ def write_gguf(
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:
             add[type(value)](f"deepseek2.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}\u0120" for number in range(64)])
-    writer.add_token_types([1] * 64)
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"t{number}\u0120" for number in range(64)])
+        writer.add_token_types([1] * 64)
+        writer.add_bos_token_id(config["bos_token_id"])
+        writer.add_eos_token_id(config["eos_token_id"])
     written = {}
     for name, shape, usual in tensors(forms or config, new=new, fused=fused):
         if name in leave_out:
@@ -257,7 +260,7 @@ def write_model(
         _spread(name, gguf.quants.dequantize(stored, kind), held)
         return kind, stored
 
-    write_gguf(path, config, data=data, **options)
+    write_gguf(path, config, data=data, tokenizer=config["bos_token_id"] is not None, **options)
     for name in [name for name in held if name.endswith(".k_b_proj.weight")]:
         k_b, v_b = held.pop(name), held.pop(name.replace(".k_b_proj.", ".v_b_proj."))
         # A head's rows for keys, which are columns here, then those for values.

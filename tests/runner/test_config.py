@@ -9,6 +9,7 @@ import pytest
 
 from manifests.errors import ManifestError, ToolkitError, UnsupportedModelError
 from runner.config import ModelConfig
+from runner.expected import main_tensors, mtp_copies
 
 Config = dict[str, Any]
 
@@ -225,6 +226,16 @@ def test_sizes_that_contradict_each_other_are_refused(v3: Config, changes: Confi
     with pytest.raises(ManifestError, match=named) as caught:
         ModelConfig.from_dict(v3 | changes)
     assert caught.value.problems[0].kind == "inconsistent"
+
+
+def test_the_embedding_may_be_the_head(v3: Config) -> None:
+    assert not ModelConfig.from_dict(v3 | {"tie_word_embeddings": None}).tie_word_embeddings
+    tied = ModelConfig.from_dict(v3 | {"tie_word_embeddings": True})
+    assert tied.tie_word_embeddings
+    assert "lm_head.weight" not in dict(main_tensors(tied))
+    assert mtp_copies(tied)["model.layers.3.shared_head.head.weight"] == "model.embed_tokens.weight"
+    with pytest.raises(ManifestError, match="tie_word_embeddings 1; it must be true or false"):
+        ModelConfig.from_dict(v3 | {"tie_word_embeddings": 1})
 
 
 @pytest.mark.parametrize(

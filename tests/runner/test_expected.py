@@ -24,6 +24,10 @@ def test_no_tensor_too_many_none_too_few_and_each_of_its_shape(
         and parse_name(name).role is not Role.BUFFER
         and (parse_name(name).layer is None or parse_name(name).layer < config.num_hidden_layers)
     }
+    halves = {f"model.layers.1.self_attn.{half}_b_proj.weight" for half in ("k", "v")}
+    split = dict(main_tensors(config, halves))
+    assert split.keys() == stored.keys() - {"model.layers.1.self_attn.kv_b_proj.weight"} | halves
+    assert [split[name] for name in sorted(halves)] == [(4, 136, 40), (4, 36, 136)]
     promised = list(main_tensors(config))
     assert dict(promised) == stored
     assert len(promised) == len(stored)

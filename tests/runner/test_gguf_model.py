@@ -19,8 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import manifests
-from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.errors import (
+    IntegrityError,
+    ManifestError,
+    ResourceError,
+    SourceNotFoundError,
+    ToolkitError,
+    UnsupportedModelError,
+)
 from manifests.names import expert_prefix
+from manifests.schema import Selection
+from reshard.plan import make_plan
+from reshard.progress import Progress
+from reshard.run import reshard_checkpoint
+from reshard.source import read_source
 from runner import kernels, split_kv
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
@@ -117,8 +129,18 @@ def cases(
         return config | SIZES | q_rank | changes
 
     @functools.cache
-    def case(family: str, kinds: str = "mixed", *, new: bool = True, tied: bool = False, **options: Any) -> Case:
-        config = config_of(family, tie_word_embeddings=tied)
+    def case(
+        family: str,
+        kinds: str = "mixed",
+        *,
+        new: bool = True,
+        tied: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **options: Any,
+    ) -> Case:
+        ends = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        config = config_of(family, tie_word_embeddings=tied, **ends)
         stored = reference.tiny.make_weights(config, None)
         weights = {name: tensor.float().numpy() for name, tensor in stored.items()}
         leave_out = ("output.weight",) if tied else ()
@@ -336,6 +358,31 @@ def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch:
         open_checkpoint(checkpoint.root)
 
 
+@pytest.mark.parametrize("kinds", ["mixed", "K"])
+@pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
+def test_resharded_it_has_the_same_bits(cases: Cases, tmp_path: Path, kinds: str, new: bool) -> None:
+    case, folder = cases("v3", kinds, new=new), tmp_path / "experts"
+    source = read_source(case.gguf)
+    with Progress(0, label="", quiet=True) as progress:
+        reshard_checkpoint(source, make_plan(source, Selection()), folder, jobs=2, progress=progress)
+    assert {one.encoding for one in manifests.open(folder).tensors()} > {"plain", "Q5_0"}
+    for io in ("mmap", "direct"):
+        assert torch.equal(logits(folder, io=io), case.expected)
+    blocks = sum(tensor.size for tensor in manifests.open(folder).tensors() if ".experts.3." in tensor.name)
+    assert LoadedModel(folder, ctx=64).budget.expert == blocks // 2
+
+
+@pytest.mark.parametrize("io", ["mmap", "direct"])
+def test_as_little_memory_as_it_needs(cases: Cases, io: str) -> None:
+    case = cases("v3", "K")
+    budget = LoadedModel(case.gguf, ctx=64, io=io).budget
+    with pytest.raises(ResourceError, match="needs at least"):
+        LoadedModel(case.gguf, ctx=64, io=io, ram=budget.fixed // 2)
+    loaded = LoadedModel(case.gguf, ctx=64, io=io, ram=budget.fixed + 4 * budget.slot + (32 << 20))
+    assert torch.equal(loaded.logits(IDS), case.expected)
+    assert io == "direct" or loaded.budget.slots < 16
+
+
 def test_single_shards_are_still_refused(cases: Cases) -> None:
     with pytest.raises(SourceNotFoundError, match="is one file; give the folder"):
         LoadedModel(cases("v3").twin / "model.safetensors")
@@ -359,8 +406,14 @@ def test_commands_take_the_file(cases: Cases, call: Callable[..., Result], tmp_p
     result = call("bench", "-m", case.gguf, "--prompt-tokens", "9", "-n", "5")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["fixed_bytes"] > 0
-    # The file has a vocabulary that no model has; nothing else is wrong with it, whichever form kv_b_proj has.
+    # Nor does a tokenizer of another kind keep ids from being computed with.
+    other = cases("v3", "mixed", bos_token_id=0, eos_token_id=1).gguf
+    content = other.read_bytes()
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"gpt2", b"bert", 1))
+    result = call("logits", "-m", tmp_path / "other.gguf", "--ids", ids)
+    assert result.exit_code == 0, result.output
+    # It has no tokenizer; nothing else is wrong with it, whichever form kv_b_proj has.
     for path in (case.gguf, cases("v3", "mixed", new=False).gguf):
         found = json.loads(call("doctor", "-m", path, "--json").stdout)
-        assert {problem["topic"] for problem in found["problems"]} <= {"tokenizer"}
+        assert {problem["topic"] for problem in found["problems"]} == {"tokenizer"}
         assert found["forecast"]["budget"]["dense_bytes"] > 0
