@@ -182,7 +182,7 @@ def write_gguf(
     change: Mapping[str, Any] | None = None,
     data: Data | None = None,
     leave_out: Collection[str] = (),
-    tokenizer: bool = True,
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     **options: Any,
 ) -> dict[str, tuple[tuple[int, ...], Type, bytes]]:
     """Write a model.
@@ -197,7 +197,8 @@ def write_gguf(
         change: Metadata of another value; None for a key that is left out.
         data: What tensors are; random bytes when not given.
         leave_out: Names of tensors that are not written.
-        tokenizer: Whether there are tokens, which do not make a tokenizer, and ids of those that begin and end a text.
+        tokenizer: Adds one. When not given, there are tokens that do not make one, and ids of those that begin and end
+            a text; nothing when config says that none begins one.
         options: For `gguf.GGUFWriter`, such as ``split_max_tensors``.
 
     Returns:
@@ -208,12 +209,10 @@ def write_gguf(
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:
             add[type(value)](f"deepseek2.{key}", value)
-    if tokenizer:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([f"t{number}\u0120" for number in range(64)])
-        writer.add_token_types([1] * 64)
-        writer.add_bos_token_id(config["bos_token_id"])
-        writer.add_eos_token_id(config["eos_token_id"])
+    if tokenizer is not None:
+        tokenizer(writer)
+    elif config["bos_token_id"] is not None:
+        _add_tokens(writer, config)
     written = {}
     for name, shape, usual in tensors(forms or config, new=new, fused=fused):
         if name in leave_out:
@@ -226,6 +225,14 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def _add_tokens(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}\u0120" for number in range(64)])
+    writer.add_token_types([1] * 64)
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
 
 
 Kinds = Callable[[str, tuple[int, ...]], Type]
@@ -260,7 +267,19 @@ def write_model(
         _spread(name, gguf.quants.dequantize(stored, kind), held)
         return kind, stored
 
-    write_gguf(path, config, data=data, tokenizer=config["bos_token_id"] is not None, **options)
+    write_gguf(path, config, data=data, **options)
+    return _join_halves(held)
+
+
+def read_model(path: Path) -> dict[str, np.ndarray]:
+    """What a file holds, expanded to float32 by ggml's package, by Hugging Face's names."""
+    held: dict[str, np.ndarray] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        _spread(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type), held)
+    return _join_halves(held)
+
+
+def _join_halves(held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name in [name for name in held if name.endswith(".k_b_proj.weight")]:
         k_b, v_b = held.pop(name), held.pop(name.replace(".k_b_proj.", ".v_b_proj."))
         # A head's rows for keys, which are columns here, then those for values.

@@ -24,6 +24,47 @@ USER, ASSISTANT, EOT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<|EOT|>
 HOLE, THINK = "<\uff5cfim\u2581hole\uff5c>", "<think>"
 TEMPLATE = "{{ bos_token }}{% for message in messages %}" + USER + "{{ message['content'] }}{% endfor %}" + ASSISTANT
 
+CODE = Path(__file__).read_text(encoding="utf-8")
+CHINESE = (
+    "\u6df1\u5ea6\u6c42\u7d22\uff0c\u4f60\u597d\u4e16\u754c\u3002\u6df7\u5408\u4e13\u5bb6\u6a21\u578b\u670925"
+    "\u4e2a\u4e13\u5bb6\u3002\u300c\u5f15\u53f7\u300d"
+)
+JAPANESE = "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c\u3001\u30e2\u30c7\u30eb\u30fc\u306e\u91cd\u307f"
+KOREAN = "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4 \uc804\ubb38\uac00 \ud63c\ud569"
+WORDS = (
+    "na\u00efve Stra\u00dfe \u03a9mega \u1f7d \u1fd3\u1fdb \u2126\u212a \u0414\u043e\u0431\u0440\u044b\u0439 "
+    "\u0434\u0435\u043d\u044c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627"
+)
+DIGITS = (
+    " ".join("1234567890123"[:size] for size in range(1, 14))
+    + " 3.14 0x1F \u0663\u0664\u0665 \u00bd \u2167 \uff11\uff12"
+)
+EMOJI = "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \u2764\ufe0f \U0001f1e9\U0001f1ea"
+MARKS = (
+    "e\u0301 a\u0308o\u0308 \u0928\u092e\u0938\u094d\u0924\u0947 Z\u0351\u036b\u0343 \u0e2a\u0e27\u0e31\u0e2a"
+    "\u0e14\u0e35"
+)
+BLANKS = "a  b   c    d\t\te\r\nf\n\n\ng \n h\t \n\r\n   \u00a0\u3000x   "
+CONTROL = f"{BOS}{USER}hi {USER}{ASSISTANT}{THINK}\n{HOLE} {EOT}{EOS}{PAD} <|User|> {EOT[:-1]} <\uff5cUser"
+TEXTS = {
+    "code": CODE,
+    "chinese": CHINESE,
+    "japanese": JAPANESE,
+    "korean": KOREAN,
+    "words": WORDS,
+    "digits": DIGITS,
+    "emoji": EMOJI,
+    "marks": MARKS,
+    "blanks": BLANKS,
+    "control tokens": CONTROL,
+    "fillers": "[PAD1205] [PAD3]",
+    "empty": "",
+}
+"""What tokenizers are compared on."""
+
+TRAINING = [text for text in TEXTS.values() if text is not CONTROL] * 3
+"""What they are trained on."""
+
 _LETTERS = """
 41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C 38E-3A1 3A3-3F5
 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15
@@ -119,6 +160,35 @@ def write_tokenizer(
         config: tokenizer_config.json; BOS, EOS and padding, and the template, when not given.
     """
     folder = path.with_suffix(".source")
+    writer = gguf.GGUFWriter(path, "deepseek2")
+    add_tokenizer(writer, folder, tokenizer, pre, rows=tokenizer.get_vocab_size() + 17, filler=filler, config=config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(
+    writer: gguf.GGUFWriter,
+    folder: Path,
+    tokenizer: Tokenizer,
+    pre: str,
+    *,
+    rows: int,
+    filler: int = 5,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Add the keys of a tokenizer.
+
+    Args:
+        writer: What they are added to.
+        folder: Where the tokenizer's own files are written; it must not exist.
+        tokenizer: The original.
+        pre: The name of its pre-tokenizer.
+        rows: See `tokenizer_keys`.
+        filler: See `tokenizer_keys`.
+        config: See `write_tokenizer`.
+    """
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     default = {
@@ -130,14 +200,9 @@ def write_tokenizer(
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config or default), encoding="utf-8")
-    tokens, types = tokenizer_keys(tokenizer, rows=tokenizer.get_vocab_size() + 17, filler=filler)
-    writer = gguf.GGUFWriter(path, "deepseek2")
+    tokens, types = tokenizer_keys(tokenizer, rows=rows, filler=filler)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

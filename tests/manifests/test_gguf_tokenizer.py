@@ -25,7 +25,9 @@ from tests.gguf_tokenizers import (
     HOLE,
     PAD,
     TEMPLATE,
+    TEXTS,
     THINK,
+    TRAINING,
     USER,
     edges,
     published,
@@ -36,51 +38,13 @@ from tests.gguf_tokenizers import (
 NAMES = ["deepseek-llm", "deepseek-v3", "gpt-2"]
 PREFIX = "tokenizer.ggml."
 
-CODE = Path(__file__).read_text(encoding="utf-8")
-CHINESE = (
-    "\u6df1\u5ea6\u6c42\u7d22\uff0c\u4f60\u597d\u4e16\u754c\u3002\u6df7\u5408\u4e13\u5bb6\u6a21\u578b\u670925"
-    "\u4e2a\u4e13\u5bb6\u3002\u300c\u5f15\u53f7\u300d"
-)
-JAPANESE = "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c\u3001\u30e2\u30c7\u30eb\u30fc\u306e\u91cd\u307f"
-KOREAN = "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4 \uc804\ubb38\uac00 \ud63c\ud569"
-WORDS = (
-    "na\u00efve Stra\u00dfe \u03a9mega \u1f7d \u1fd3\u1fdb \u2126\u212a \u0414\u043e\u0431\u0440\u044b\u0439 "
-    "\u0434\u0435\u043d\u044c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627"
-)
-DIGITS = (
-    " ".join("1234567890123"[:size] for size in range(1, 14))
-    + " 3.14 0x1F \u0663\u0664\u0665 \u00bd \u2167 \uff11\uff12"
-)
-EMOJI = "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \u2764\ufe0f \U0001f1e9\U0001f1ea"
-MARKS = (
-    "e\u0301 a\u0308o\u0308 \u0928\u092e\u0938\u094d\u0924\u0947 Z\u0351\u036b\u0343 \u0e2a\u0e27\u0e31\u0e2a"
-    "\u0e14\u0e35"
-)
-BLANKS = "a  b   c    d\t\te\r\nf\n\n\ng \n h\t \n\r\n   \u00a0\u3000x   "
-CONTROL = f"{BOS}{USER}hi {USER}{ASSISTANT}{THINK}\n{HOLE} {EOT}{EOS}{PAD} <|User|> {EOT[:-1]} <\uff5cUser"
-TEXTS = {
-    "code": CODE,
-    "chinese": CHINESE,
-    "japanese": JAPANESE,
-    "korean": KOREAN,
-    "words": WORDS,
-    "digits": DIGITS,
-    "emoji": EMOJI,
-    "marks": MARKS,
-    "blanks": BLANKS,
-    "control tokens": CONTROL,
-    "fillers": "[PAD1205] [PAD3]",
-    "empty": "",
-}
-
 Pair = tuple[Tokenizer, Tokenizer]
 Metadata = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def originals() -> dict[str, Tokenizer]:
-    texts = [text for text in TEXTS.values() if text is not CONTROL] * 3
-    return {name: train(name, texts) for name in NAMES}
+    return {name: train(name, TRAINING) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
