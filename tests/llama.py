@@ -85,15 +85,21 @@ def logits(path: Path, ids: Sequence[int]) -> np.ndarray:
             llama_cpp.llama_free(context)
 
 
-def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts, in which the names of control tokens are these; nothing is put before them."""
+def tokenize(path: Path, texts: Sequence[str], *, add_special: bool) -> list[list[int]]:
+    """The ids of texts, in which the names of control tokens become those tokens.
+
+    Args:
+        path: A GGUF file.
+        texts: Unicode.
+        add_special: Whether what the model wants at the begin and the end is put there.
+    """
     found = []
     with _loaded(path, vocab_only=True) as model:
         vocab = llama_cpp.llama_model_get_vocab(model)
         for text in texts:
             raw = text.encode()
-            ids = (llama_cpp.llama_token * (len(raw) + 1))()
-            count = llama_cpp.llama_tokenize(vocab, raw, len(raw), ids, len(ids), False, True)
+            ids = (llama_cpp.llama_token * (len(raw) + 2))()
+            count = llama_cpp.llama_tokenize(vocab, raw, len(raw), ids, len(ids), add_special, True)
             assert count >= 0, text
             found.append(ids[:count])
     return found

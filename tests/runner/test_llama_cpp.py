@@ -14,10 +14,10 @@ the same as F32 again. So the weights that both sides compute with are llama.cpp
 
 Differences are relative: a position's root mean square over the standard deviation of its logits. Errors of the
 matrices that a token passes are independent, so each of n adds as much to the square of the logits' error: weights with
-a relative error e give logits with sqrt(n) * e. Softmax, SwiGLU and sigmoid make 0.9 to 1.3 of it, as measured; the
-bound is SLACK. The median position is looked at, because where two experts were nearly equally good, rounding makes
-the choice another one, and there the difference is of the size of the logits. In the family ``v3_all`` every token
-takes every expert, so that there is no choice: there it is the worst position.
+a relative error e give logits with sqrt(n) * e, but for what softmax, SwiGLU and the router make of it (SLACK).
+The median position is looked at, because where two experts are nearly equally good, rounding makes the choice another
+one, and there the difference is of the size of the logits. In the family ``v3_all`` every token takes every expert, so
+that there is no choice: there the worst position has a bound as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 
 from runner.loaded import LoadedModel
 from tests.gguf_files import read_model, write_model
-from tests.gguf_tokenizers import TEXTS, TRAINING, add_tokenizer, train
+from tests.gguf_tokenizers import BOS, TEXTS, TRAINING, add_tokenizer, edges, train
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'expert-reshard[llama]'")
 
@@ -75,6 +75,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Config in tests/reference, pre-tokenizer, and what is other than there."""
 
+DEEP = ("v2_lite", "deepseek-llm", {"moe_intermediate_size": 64, "n_routed_experts": 8, "num_hidden_layers": 27})
+"""V2-Lite's own number of layers, by which llama.cpp knows it."""
+
 KINDS = [kind for kind in llama.FILE_TYPES if kind != "F32"]
 
 ROUNDING = {"F16": 2.1e-4, "BF16": 1.7e-3} | dict.fromkeys(("Q8_0", "Q4_0", "IQ4_NL"), 5.4e-3)
@@ -84,11 +87,15 @@ largest number is about 2.4 deviations and becomes 127."""
 ROUNDING_K = 6.6e-3
 """The same for blocks of 256, where the largest is about 2.9 deviations: K types are multiplied by these."""
 
-ORDER = 4e-6
-"""Float32 sums of up to 512 terms in another order, 26 matrices deep; 1.4e-6 was measured."""
+ORDER = 7.5e-7
+"""Of one matrix: float32 sums of up to 512 terms in another order. Measured: 2.6e-7 of 29 matrices, 4.8e-7 where
+experts are scaled by 16, and 5.3e-7 of 218."""
 
-SLACK = 1.6
-"""Over sqrt(n) times the error of one; 1.28 was measured for weights, 1.46 for what is multiplied by them."""
+SLACK = 1.4
+"""Over sqrt(n) times the error of one: 0.88 to 1.28 was measured for weights, 0.72 to 1.28 for what they multiply."""
+
+LUCK = 1.3
+"""The same of the worst position over the bound of the median one; 1.22 was measured."""
 
 TOKENS = 64
 
@@ -106,6 +113,7 @@ class Case:
         self.config, self.weights, self._folder = config, weights, folder
         tokenizer = trained(pre)
         vocabulary = tokenizer.get_vocab_size()
+        is_unknown = not config["q_lora_rank"] and config["num_hidden_layers"] != 27
         self.ids = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
         self.f32 = folder / "F32.gguf"
         write_model(
@@ -117,8 +125,8 @@ class Case:
             tokenizer=lambda writer: add_tokenizer(
                 writer, folder / "tokenizer", tokenizer, pre, rows=config["vocab_size"]
             ),
-            # Its loader wants the key but for models of 26, 27 or 48 layers.
-            change=None if config["q_lora_rank"] else {"attention.q_lora_rank": 0},
+            # Without q_lora_rank it knows the published models, by their number of layers. Converters do not write 0.
+            change={"attention.q_lora_rank": 0} if is_unknown else None,
         )
         self.quantised = functools.cache(self._quantised)
         self.ours = functools.cache(self._ours)
@@ -145,6 +153,11 @@ class Case:
         queries = 2 if self.config["q_lora_rank"] else 1
         return 2 + self.config["num_hidden_layers"] * (queries + 3 + 1 + 3)
 
+    @property
+    def order(self) -> float:
+        """What another order of sums may make of the logits."""
+        return ORDER * math.sqrt(self.depth)
+
 
 Cases = Callable[..., Case]
 
@@ -158,7 +171,7 @@ def cases(
 
     @functools.cache
     def case(family: str, new: bool) -> Case:
-        base, pre, changes = FAMILIES.get(family, (family, "deepseek-v3", {}))
+        base, pre, changes = (FAMILIES | {"v2_lite_27": DEEP}).get(family, (family, "deepseek-v3", {}))
         config = {key: value for key, value in tiny_configs[base].items() if key != "quantization_config"}
         config |= SIZES | {"vocab_size": trained(pre).get_vocab_size() + 17} | changes
         stored = reference.tiny.make_weights(config, None)
@@ -203,14 +216,14 @@ def exact(reference: SimpleNamespace, case: Case, **changes: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "v2_lite_27"])
 def test_float32(cases: Cases, reference: SimpleNamespace, work: Path, family: str, new: bool) -> None:
     case = cases(family, new=new)
     ours, theirs, truth = case.ours(case.f32), case.theirs(case.f32), exact(reference, case)
     assert truth.std() > 1.5
-    assert difference(ours, theirs).max() < ORDER
-    assert difference(ours, truth).max() < ORDER
-    assert difference(theirs, truth).max() < ORDER
+    assert difference(ours, theirs).max() < case.order
+    assert difference(ours, truth).max() < case.order
+    assert difference(theirs, truth).max() < case.order
     assert same_best(ours, theirs) == 1
     assert np.array_equal(ours, case.ours(case.write_twin(work / "twin", case.weights)))
 
@@ -229,7 +242,7 @@ def test_what_quantised_weights_stand_for(cases: Cases, work: Path, family: str,
     for name, value in read_model(path).items():
         assert np.array_equal(value, values[name]), name
     theirs = case.theirs(expanded)
-    assert difference(ours, theirs).max() < ORDER
+    assert difference(ours, theirs).max() < case.order
     assert same_best(ours, theirs) == 1
 
 
@@ -241,8 +254,7 @@ def test_the_same_quantised_file(cases: Cases, family: str, kind: str) -> None:
     found, one = difference(ours, theirs), ROUNDING.get(kind, ROUNDING_K)
     assert np.median(found) < SLACK * math.sqrt(case.depth) * one
     if family == "v3_all":
-        # A position's own luck, half as much again.
-        assert found.max() < 1.5 * SLACK * math.sqrt(case.depth) * one
+        assert found.max() < LUCK * SLACK * math.sqrt(case.depth) * one
     assert same_best(ours, theirs) > 0.8
 
 
@@ -261,11 +273,16 @@ def test_what_quantising_costs(cases: Cases, family: str, kind: str) -> None:
 
 @pytest.mark.parametrize("family", ["v2_lite", "v3"])
 def test_token_ids(cases: Cases, family: str) -> None:
+    """Of all texts, and of characters at the ends of the ranges that the pre-tokenizers name."""
     case = cases(family)
     text = LoadedModel(case.f32, ctx=TOKENS).text
-    for one, theirs in zip(TEXTS.values(), llama.tokenize(case.f32, list(TEXTS.values())), strict=True):
+    texts = [*TEXTS.values(), *(f"a{mark}{mark} {mark}1 {mark}" for mark in edges())]
+    for one, theirs in zip(texts, llama.tokenize(case.f32, texts, add_special=False), strict=True):
         assert text.encode(one, add_bos=False) == theirs
-    assert text.encode("a") == [text.bos_id, *text.encode("a", add_bos=False)]
+    # Where there is one already llama.cpp puts a second, and the runner none.
+    texts = [one for one in texts if not one.startswith(BOS)]
+    for one, theirs in zip(texts, llama.tokenize(case.f32, texts, add_special=True), strict=True):
+        assert text.encode(one) == theirs
 
 
 # --- where llama.cpp computes something else, and the oracle says that the runner is right ---
@@ -274,9 +291,9 @@ def test_token_ids(cases: Cases, family: str) -> None:
 def check_other_meaning(case: Case, truth: np.ndarray, theirs_means: np.ndarray) -> None:
     """The runner is right; llama.cpp is known to mean something else, and may be right some day."""
     ours, theirs = case.ours(case.f32), case.theirs(case.f32)
-    assert difference(ours, truth).max() < ORDER
+    assert difference(ours, truth).max() < case.order
     assert difference(theirs_means, truth).max() > 0.1
-    assert min(difference(theirs, means).max() for means in (truth, theirs_means)) < ORDER
+    assert min(difference(theirs, means).max() for means in (truth, theirs_means)) < case.order
 
 
 def test_it_does_not_read_the_ends_of_the_yarn_ramp(cases: Cases, reference: SimpleNamespace) -> None:
