@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -27,7 +28,8 @@ def _version(raw: Config) -> str:
 
 def model_config(raw: Config) -> Any:
     """Their config class, from config.json as published: old rope_scaling and all."""
-    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+    # A copy, because rope_theta is put into rope_scaling there.
+    plain = copy.deepcopy({key: value for key, value in raw.items() if key != "quantization_config"})
     kind = getattr(load_transformers(), f"Deepseek{_version(raw)}Config")
     return kind.from_dict(plain | {"model_type": f"deepseek_{_version(raw).lower()}"})
 
