@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manifests import gguf_files
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.header import Header
@@ -375,6 +376,9 @@ def _freed_headers(source: Path, destination: Path, journal: JournalContents, du
         return {}
     saved = {}
     for name, shard in shards.items():
+        # What the others' headers are is seen from the source; but what a GGUF set is, its first file alone says.
+        if name not in freed and not name.endswith(gguf_files.SUFFIX):
+            continue
         path = resolve_inside(destination, paths[name])
         rest = unpack(path.read_bytes(), size=shard["header_size"], what=str(path))
         if sha256_hex(rest) != shard["header_sha256"]:

@@ -460,6 +460,19 @@ def test_what_consuming_began_and_another_run_ended_is_complete(
     assert program("reshard", "plan", v2_copy, out, "--json").json["state"] == "complete"
 
 
+def test_a_saved_header_of_a_shard_that_is_there_is_made_again(
+    v2_copy: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard, stop_after: Any, tree: Tree
+) -> None:
+    """Only those of freed shards are needed from where they were saved."""
+    out = tmp_path / "out"
+    with stop_after(2):
+        reshard_folder(v2_copy, out, jobs=1, consume=True)
+    assert len(shards_of(v2_copy)) == 2
+    (out / "source/headers/4.zst").write_bytes(b"damaged")
+    reshard_folder(v2_copy, out, consume=True)
+    assert tree(out) == tree(v2_resharded)
+
+
 def test_odd_files_beside_the_shards(v2_copy: Path, tmp_path: Path, reshard_folder: Reshard) -> None:
     """A file that no shard of the index is, however it is called, is nobody's to free."""
     extra = v2_copy / "model-00005-of-000004.safetensors"
