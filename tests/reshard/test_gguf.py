@@ -195,9 +195,15 @@ def test_consumed_and_given_back(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("stop_behind", [1, 2])
+@pytest.mark.parametrize(("stop_behind", "is_first_back"), [(1, False), (2, False), (2, True)])
 def test_a_consumed_set_goes_on_where_it_was_stopped(
-    stop_behind: int, split: Path, tmp_path: Path, reshard_folder: Reshard, tree: Tree, monkeypatch: pytest.MonkeyPatch
+    stop_behind: int,
+    is_first_back: bool,
+    split: Path,
+    tmp_path: Path,
+    reshard_folder: Reshard,
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first file, which says what the model is, is gone by then."""
     whole = tree(reshard_folder(split, tmp_path / "at_once"))
@@ -216,6 +222,9 @@ def test_a_consumed_set_goes_on_where_it_was_stopped(
             reshard_folder(copy, tmp_path / "out", jobs=1, consume=True)
     left = sorted(path.name for path in copy.glob("*.gguf"))
     assert len(left) == len(list(split.glob("*.gguf"))) - stop_behind
+    if is_first_back:
+        first = min(split.glob("*.gguf"))
+        shutil.copy2(first, copy / first.name)
     reshard_folder(copy, tmp_path / "out", jobs=1, consume=True)
     assert tree(tmp_path / "out") == whole
 

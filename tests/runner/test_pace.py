@@ -144,6 +144,21 @@ def test_a_step_that_becomes_faster_is_noticed() -> None:
     assert used < 1.03
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_one_guess_gained_does_not_pay_for_trials_with_two(seed: int) -> None:
+    """Two cost six steps here: each trial ends behind its first pass, however much there was gained before."""
+    chance, pace, made, dear = random.Random(seed), Pace("auto", 2), 0, 0
+    while made < 500:
+        guesses = pace.planned
+        right = 0
+        while right < guesses and chance.random() < 0.8:
+            right += 1
+        dear += guesses == 2
+        pace.record((1.0, 1.2, 6.0)[guesses], guesses=guesses, right=right, read_bytes=0, is_usual=True)
+        made += 1 + right
+    assert 0 < dear <= 3
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_on_is_on_whatever_it_costs(most: int) -> None:
     pace = Pace("on", most)
