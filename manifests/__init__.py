@@ -9,18 +9,20 @@ The ground floor of the project: the standard library only (click in `cli` and `
     (2048, 7168)
 """
 
+from manifests.checkpoint import Checkpoint, Location, TensorView
 from manifests.errors import (
     IncompleteError,
     IntegrityError,
     LockedError,
     ManifestError,
     Problem,
+    RemoteError,
     ResourceError,
     SourceNotFoundError,
     ToolkitError,
     UnsupportedModelError,
 )
-from manifests.inventory import Checkpoint, Location, TensorView, open
+from manifests.inventory import open
 from manifests.schema import FORMAT_VERSION, FileEntry, Manifest, TensorEntry
 from manifests.storage import load, save
 
@@ -35,6 +37,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "Problem",
+    "RemoteError",
     "ResourceError",
     "SourceNotFoundError",
     "TensorEntry",

@@ -5,41 +5,39 @@ folder has none of that name. This file knows names and bytes; what they mean is
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-from manifests.errors import ManifestError
-from manifests.safety import resolve_inside
+from manifests.folder import Folder
 
 
 class Auxiliary:
     """The small files of one checkpoint.
 
     Args:
-        root: Its folder.
+        folder: Where it is.
         derived: By name, what gives the bytes of a file that the folder need not have; None where it cannot be given.
         derived_from: Bytes of what they are made from, all of which is read for each of them.
 
     Attributes:
-        root: As given.
+        folder: As given.
         derived_from: As given.
     """
 
     def __init__(
-        self, root: Path, derived: Mapping[str, Callable[[], bytes | None]] | None = None, derived_from: int = 0
+        self, folder: Folder, derived: Mapping[str, Callable[[], bytes | None]] | None = None, derived_from: int = 0
     ) -> None:
-        self.root = root
+        self.folder = folder
         self.derived_from = derived_from
         self._derived = derived or {}
 
     def size(self, name: str) -> int | None:
         """Bytes of the folder's own file; None when it has none."""
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
+        return self.folder.size(name)
 
     def where(self, name: str) -> str:
         """Where its bytes come from, for messages."""
-        path = self.root / name
-        return str(path) if path.is_file() or name not in self._derived else f"{name} of the GGUF file in {self.root}"
+        if name not in self._derived or self.folder.size(name) is not None:
+            return self.folder.where(name)
+        return f"{name} of the GGUF file in {self.folder}"
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         """All bytes of one file; None when there is none.
@@ -49,12 +47,7 @@ class Auxiliary:
                 wrong value.
             UnsupportedModelError: What it is made from asks for something that is not known here.
         """
-        if (self.root / name).is_file():
-            path = resolve_inside(self.root, name)
-            with path.open("rb") as file:
-                raw = file.read(max_bytes + 1)
-            if len(raw) > max_bytes:
-                raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
+        raw = self.folder.read(name, max_bytes=max_bytes)
+        if raw is not None or (derive := self._derived.get(name)) is None:
             return raw
-        derive = self._derived.get(name)
-        return None if derive is None else derive()
+        return derive()

@@ -5,9 +5,9 @@ Sizes and headers are looked at, payloads are not: that takes seconds where `res
 
 import os
 
+from manifests.checkpoint import Checkpoint
 from manifests.digest import sha256_hex
 from manifests.errors import Problem, ToolkitError
-from manifests.inventory import Checkpoint
 from manifests.safety import resolve_inside
 from manifests.schema import FileEntry
 

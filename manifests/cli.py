@@ -2,14 +2,17 @@
 
 import dataclasses
 import fnmatch
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from manifests import inventory
+from manifests import inventory, urls
 from manifests.check import check_files
+from manifests.checkpoint import Checkpoint
 from manifests.console import Group, counted, format_bytes, json_option, print_json, printable
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
@@ -33,7 +36,8 @@ def manifests() -> None:
       manifests ls DeepSeek-V3 --layer 3 --expert 17
 
     PATH is a resharded checkpoint, a plain checkpoint folder, a folder with one GGUF model, or one .safetensors or
-    .gguf file.
+    .gguf file. It may also be the address of such a folder or .safetensors file on a web server, or
+    hf://organisation/name for a repository of the Hugging Face Hub.
     """
 
 
@@ -47,7 +51,7 @@ def show(path: str, as_json: bool) -> None:
     Example:
       manifests show DeepSeek-V3-experts
     """
-    checkpoint = inventory.open(path)
+    checkpoint = _open(path)
     summary = summarize(checkpoint.manifest)
     missing_scales = checkpoint.missing_scales()
     if as_json:
@@ -77,7 +81,7 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
       manifests ls model-00001-of-000163.safetensors --match '*layernorm*'
     """
     rows = []
-    for tensor in inventory.open(path).tensors():
+    for tensor in _open(path).tensors():
         name = parse_name(tensor.name)
         if layer is not None and name.layer != layer:
             continue
@@ -98,6 +102,7 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
                     "begin": row.offset,
                     "end": row.offset + row.size,
                     "file": row.file,
+                    "place": row.place,
                     "codec": row.codec,
                 }
                 for row in rows
@@ -113,7 +118,7 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
             row.dtype if row.encoding == PLAIN else printable(row.encoding),
             "x".join(map(str, row.logical_shape)) or "scalar",
             f"{row.offset}-{row.offset + row.size}",
-            printable(row.file),
+            printable(row.place if urls.is_url(path) else row.file),
             printable(row.name),
         )
         for row in rows
@@ -138,7 +143,7 @@ def check(path: str, as_json: bool) -> None:
     problems: list[Problem] = []
     error: ToolkitError | None = None
     try:
-        checkpoint = inventory.open(path)
+        checkpoint = _open(path)
         problems = check_files(checkpoint)
     except ManifestError as found:
         error = found
@@ -171,8 +176,8 @@ def diff_command(a: str, b: str, as_json: bool) -> None:
     Example:
       manifests diff DeepSeek-V3-experts DeepSeek-R1-experts
     """
-    first = inventory.open(a).manifest
-    differences = diff(first, inventory.open(b).manifest)
+    first = _open(a).manifest
+    differences = diff(first, _open(b).manifest)
     real = [difference for difference in differences if difference.kind != "undecided"]
     undecided = sum(1 for d in differences if d.kind == "undecided" and d.what == "tensor")
     if as_json:
@@ -206,6 +211,21 @@ def schema() -> None:
 
 
 _KINDS = {"differ": "not equal", "only_in_a": "only in the first", "only_in_b": "only in the second"}
+
+
+def _open(path: str) -> Checkpoint:
+    """Open a checkpoint; on a terminal it is shown how far the headers are that a server is asked for."""
+    with ExitStack() as shown:
+        bars: list[Any] = []
+
+        def watch(done: int, total: int) -> None:
+            if not bars and total > 1 and sys.stderr is not None and sys.stderr.isatty():
+                bar = click.progressbar(length=total, label="headers", file=sys.stderr)
+                bars.append(shown.enter_context(bar))
+            for bar in bars:
+                bar.update(done - bar.pos)
+
+        return inventory.open(path, watch)
 
 
 def _count(differences: list[Difference]) -> str:

@@ -30,6 +30,10 @@ class SourceNotFoundError(ToolkitError, FileNotFoundError):
         return str(self.args[0]) if self.args else ""
 
 
+class RemoteError(ToolkitError):
+    """A server cannot be reached, or does not do what is asked; what was read of it is kept."""
+
+
 class LockedError(ToolkitError):
     """Another process writes this destination."""
 

@@ -67,7 +67,7 @@ def map_file(path: Path, size: int) -> memoryview:
     return memoryview(array).cast("B").toreadonly()
 
 
-def refusal(path: Path, number: int) -> ToolkitError:
+def refusal(path: Path | str, number: int) -> ToolkitError:
     """What to raise when a file could not be opened or mapped, by the system's error number."""
     if number in (errno.ENOENT, errno.ENOTDIR):
         return SourceNotFoundError(f"{path}: no such file; `reshard verify` tells more")

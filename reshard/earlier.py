@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from manifests import gguf_files
+from manifests.checkpoint import Checkpoint
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
+from manifests.folder import LocalFolder
 from manifests.header import Header
-from manifests.inventory import Checkpoint
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import relative_fault, resolve_inside
 from manifests.schema import Manifest, Selection
@@ -107,7 +108,7 @@ def find_earlier(source: Path, destination: Path, known: Earlier | None = None) 
         if not earlier.is_finished:
             earlier.freed = _freed_headers(source, destination, earlier.journal, earlier.durable)
     if earlier.manifest is not None and (earlier.journal is None or earlier.is_finished):
-        earlier.freed = _used_up_headers(source, Checkpoint(destination, earlier.manifest))
+        earlier.freed = _used_up_headers(source, Checkpoint(LocalFolder(destination), earlier.manifest))
     return earlier
 
 

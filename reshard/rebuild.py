@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manifests import gguf_files
+from manifests.checkpoint import Checkpoint, Location
+from manifests.config import CONFIG_NAME
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
 from manifests.header import HeaderTensor, encode_header, read_header
-from manifests.inventory import CONFIG_NAME, Checkpoint, Location
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, TensorEntry
 from manifests.storage import sync_folder
@@ -98,7 +99,7 @@ class Rebuilder:
                 path, begin, unpacked_size = self._root / file.path, check.begin, None
                 if any(found.begin < check.end and check.begin < found.end for found in damage):
                     location = self._locate(tensor)
-                    path, begin = location.path, location.offset + check.begin - tensor.offset
+                    path, begin = self._source.path(location.file), location.offset + check.begin - tensor.offset
                     unpacked_size = None if location.codec == "none" else location.unpacked_size
                     names[tensor.name] = None
                     taken += check.end - check.begin
@@ -142,9 +143,9 @@ class Rebuilder:
             with ExitStack() as opened:
                 for tensor in file.tensors:
                     location = self._locate(tensor)
-                    if location.path != path:
+                    if (at := self._source.path(location.file)) != path:
                         opened.close()
-                        path = location.path
+                        path = at
                         reader = opened.enter_context(closing(_open(path, location)))
                     hasher = TensorHasher()
                     for block in _blocks(reader, buffer, location.offset, location.size):
@@ -154,7 +155,7 @@ class Rebuilder:
                         yield block
                         progress.advance(len(block))
                     if hasher.chunks() != (tensor.chunks or (tensor.digest,)):
-                        raise self._wrong(tensor, path, location.offset, location.size)
+                        raise self._wrong(tensor, at, location.offset, location.size)
         finally:
             self._ring.give(buffer)
 
@@ -240,8 +241,8 @@ class Rebuilder:
             raise SourceNotFoundError(f"{self._source.root}: has no tensor {name!r}{came}")
         if (location.dtype, location.shape, location.size) != (tensor.dtype, tensor.shape, tensor.size):
             raise ManifestError(
-                f"{location.path}: tensor {name!r} is {location.dtype} {list(location.shape)} and not {tensor.dtype} "
-                f"{list(tensor.shape)}; it is another model's"
+                f"{location.place}: tensor {name!r} is {location.dtype} "
+                f"{list(location.shape)} and not {tensor.dtype} {list(tensor.shape)}; it is another model's"
             )
         return location
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from manifests import inventory
+from manifests.checkpoint import Checkpoint
 from manifests.errors import IntegrityError, ManifestError, ResourceError, SourceNotFoundError, ToolkitError
-from manifests.inventory import Checkpoint, check_finished
+from manifests.folder import LocalFolder
+from manifests.inventory import check_finished
 from manifests.jsontext import parse_json
 from manifests.paths import MANIFEST_NAME
 from manifests.safety import require_folder
@@ -86,10 +88,10 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
         sync_folders(folder)
         repaired = []
         try:
-            checkpoint = Checkpoint(folder, load(folder))
+            checkpoint = Checkpoint(LocalFolder(folder), load(folder))
             require_source(checkpoint)
         except (ManifestError, SourceNotFoundError) as problem:
-            checkpoint = Checkpoint(folder, source.manifest)
+            checkpoint = Checkpoint(LocalFolder(folder), source.manifest)
             damage = _replace_manifest(checkpoint, source, problem, look)
             repaired.append(_repaired_manifest(folder))
         else:

@@ -16,10 +16,11 @@ from operator import itemgetter
 from pathlib import Path
 
 from manifests import inventory
+from manifests.checkpoint import Checkpoint
 from manifests.digest import sha256_hex
 from manifests.errors import IntegrityError, ManifestError, ToolkitError
+from manifests.folder import LocalFolder
 from manifests.header import Header
-from manifests.inventory import Checkpoint
 from manifests.paths import ASIDE_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import resolve_inside
 from manifests.schema import Document, Shard
@@ -74,7 +75,7 @@ def open_restored(folder: Path, out: Path) -> Checkpoint:
     """
     if not (folder / MANIFEST_NAME).exists() and (out / JOURNAL_NAME).exists() and (folder / ASIDE_NAME).exists():
         path = folder / ASIDE_NAME
-        return Checkpoint(folder, decode(path.read_bytes(), what=str(path)))
+        return Checkpoint(LocalFolder(folder), decode(path.read_bytes(), what=str(path)))
     return inventory.open(folder)
 
 
@@ -96,7 +97,7 @@ def clean_up_restored(folder: Path, out: Path) -> bool:
         # Durable first: what it says was perhaps never written to the disk.
         journal = contents.reopen()
         if aside.exists():
-            _remove_rest(Checkpoint(folder, decode(aside.read_bytes(), what=str(aside))))
+            _remove_rest(Checkpoint(LocalFolder(folder), decode(aside.read_bytes(), what=str(aside))))
         _remove_empty(folder)
         journal.remove()
     return True
@@ -352,7 +353,7 @@ def _pieces(checkpoint: Checkpoint, header: Header, writer: Writer | None) -> li
         place = checkpoint.locate(tensor.name)
         assert place is not None
         piece = Piece(
-            path=place.path,
+            path=checkpoint.path(place.file),
             offset=place.offset,
             size=place.size,
             target=target(tensor.begin),
@@ -386,7 +387,7 @@ def _naming_damage(checkpoint: Checkpoint, paths: Collection[str]) -> Iterator[N
         yield
     except IntegrityError as error:
         files = tuple(file for file in checkpoint.manifest.files if file.path in paths)
-        part = Checkpoint(checkpoint.root, replace(checkpoint.manifest, files=files, documents=()))
+        part = Checkpoint(checkpoint.folder, replace(checkpoint.manifest, files=files, documents=()))
         with Progress(0, label="", quiet=True) as unseen:
             damage = verify(part, jobs=1, progress=unseen)
         named = [f"{found.path}: bytes {found.begin}-{found.end} are damaged" for found in damage[:SHOWN_DAMAGE]]

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from manifests.config import model_facts
 from manifests.errors import ResourceError, ToolkitError
-from manifests.inventory import model_facts
 from manifests.paths import ASIDE_NAME, MANIFEST_NAME
 from manifests.schema import Document, Manifest, Shard, Source
 from manifests.storage import save, sync_folder

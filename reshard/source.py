@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from manifests import gguf_files
+from manifests.config import CONFIG_NAME, read_config
 from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
+from manifests.folder import LocalFolder
 from manifests.header import Header
-from manifests.inventory import CONFIG_NAME, SUFFIX, check_finished, find_gguf, read_config, read_shards
+from manifests.inventory import check_finished, find_gguf, read_shards
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
 from manifests.safety import relative_fault, require_folder, resolve_inside
+from manifests.shards import SUFFIX
 from reshard.generated import config_document
 
 OTHER_WEIGHT_SUFFIXES = frozenset(
@@ -98,7 +101,7 @@ def read_source(path: Path, freed: Mapping[str, Header] | None = None) -> Source
         path=path,
         shards=shards,
         index=index,
-        config=read_config(root),
+        config=read_config(LocalFolder(root)),
         auxiliary=auxiliary,
         left_out=left_out,
     )

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from manifests.checkpoint import Checkpoint
 from manifests.digest import CHUNK_BYTES
 from manifests.errors import ManifestError, ToolkitError
-from manifests.inventory import Checkpoint
 from manifests.paths import MANIFEST_NAME
 from manifests.safety import require_folder, resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry

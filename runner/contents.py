@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 from manifests.auxiliary import Auxiliary
+from manifests.checkpoint import Checkpoint, Location
 from manifests.errors import IncompleteError, ManifestError
-from manifests.inventory import Checkpoint, Location
 from manifests.names import expert_prefix
 from manifests.schema import PLAIN
 from runner import split_kv
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
 from runner.policy import Key
+from runner.reading import Files
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYERS = "model.layers."
@@ -61,10 +62,10 @@ class Contents:
         """The checkpoint's small files."""
         return self._checkpoint.auxiliary
 
-    @property
-    def file_sizes(self) -> dict[str, int]:
-        """Bytes of every file by its path in the checkpoint."""
-        return {file.path: file.size for file in self._checkpoint.manifest.files}
+    def open_files(self) -> Files:
+        """The checkpoint's files, each of which must stay what it is now."""
+        sizes = {file.path: file.size for file in self._checkpoint.manifest.files}
+        return Files(self._checkpoint.root, sizes, self._checkpoint.path)
 
     @property
     def is_in_place(self) -> bool:

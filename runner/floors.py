@@ -18,7 +18,7 @@ from runner.contents import Contents
 from runner.layout import Layout
 from runner.memory import Region
 from runner.policy import Key
-from runner.reading import Direct, Files, Way
+from runner.reading import Direct, Way
 
 _DISK_BYTES = 1 << 30
 _ROUNDS = 3
@@ -59,7 +59,7 @@ def disk_read_gbps(contents: Contents, experts: Sequence[Key], *, way: type[Way]
         experts: To choose from, about a gigabyte of them, far apart.
         way: How they come in.
     """
-    files = Files(contents.root, contents.file_sizes)
+    files = contents.open_files()
     chosen = way(files)
     layouts: list[Layout] = []
     for key in experts[:: max(1, len(experts) // 64)]:

@@ -7,9 +7,8 @@ are the same here. Nothing is read: this is arithmetic on locations.
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from manifests.inventory import Location
+from manifests.checkpoint import Location
 from manifests.schema import PLAIN
 
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
@@ -24,15 +23,13 @@ class Run:
     """One contiguous part of a file.
 
     Attributes:
-        path: The file.
-        file: Its path in the checkpoint, for messages.
+        file: The file's path in the checkpoint.
         offset: First byte of the file that is laid out, a multiple of the layout's alignment.
         begin: First byte that is needed, from ``offset`` on.
         end: Behind the last byte that is needed.
         position: Where the byte at ``offset`` lies in memory, a multiple of the layout's alignment.
     """
 
-    path: Path
     file: str
     offset: int
     begin: int
@@ -94,7 +91,6 @@ def lay_out(locations: Iterable[Location], *, alignment: int = PAGE_BYTES) -> La
             offset = location.offset // alignment * alignment
             position = _up(end, alignment)
             run = Run(
-                path=location.path,
                 file=location.file,
                 offset=offset,
                 begin=location.offset,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from manifests.inventory import Checkpoint
+from manifests.checkpoint import Checkpoint
 from manifests.names import Role, parse_name
 from runner.config import ModelConfig
 from runner.expected import mtp_copies, mtp_tensors

@@ -7,7 +7,7 @@ This file must not know experts.
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,13 +27,20 @@ class Files:
     Args:
         root: The checkpoint's folder.
         sizes: Bytes that each file must have, by its path in the checkpoint.
+        find: Gives the path of a file that is there; see `manifests.folder.LocalFolder.path`.
     """
 
-    def __init__(self, root: Path, sizes: Mapping[str, int]) -> None:
+    def __init__(self, root: Path, sizes: Mapping[str, int], find: Callable[[str], Path]) -> None:
+        self._root = root
+        self._find = find
         self._sizes = sizes
         # Of all of them at once: experts that a text needs late must be of the same checkpoint as those it needs first.
         self._identities = {file: _identity_of(f"{root}/{file}") for file in sizes}
         self._opened: set[str] = set()
+
+    def where(self, file: str) -> str:
+        """A file's full name for messages."""
+        return str(self._root / file)
 
     @property
     def opened(self) -> int:
@@ -41,11 +48,10 @@ class Files:
         return len(self._opened)
 
     @contextmanager
-    def open(self, path: Path, file: str, *, direct: bool = False) -> Iterator[tuple[int, bool]]:
+    def open(self, file: str, *, direct: bool = False) -> Iterator[tuple[int, bool]]:
         """Open one file for reading, checked.
 
         Args:
-            path: The file.
             file: Its path in the checkpoint.
             direct: Past the page cache, where its file system can.
 
@@ -57,6 +63,7 @@ class Files:
             IntegrityError: It has another size than the manifest says, or was replaced while the model ran.
             ResourceError: Too many files are open.
         """
+        path = self._find(file)
         try:
             descriptor, is_direct = _open(path, direct=direct)
         except OSError as error:
@@ -74,10 +81,11 @@ class Files:
             IntegrityError: It was cut, replaced or written to.
             SourceNotFoundError: It is gone.
         """
+        path = self._find(run.file)
         try:
-            self._check(run.path, run.file, os.stat(run.path))
+            self._check(path, run.file, os.stat(path))
         except OSError as error:
-            raise refusal(run.path, error.errno or 0) from error
+            raise refusal(path, error.errno or 0) from error
 
     def _check(self, path: Path, file: str, found: os.stat_result) -> None:
         if found.st_size != self._sizes[file]:
@@ -94,7 +102,7 @@ class Files:
             return
         for run in layout.runs:
             try:
-                descriptor = os.open(run.path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self._find(run.file), os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 continue  # gone; so are its pages
             try:
@@ -140,6 +148,9 @@ class Way(Protocol):
     alignment: int
     """Of the layouts that it takes."""
 
+    def where(self, run: Run) -> str:
+        """The full name of a run's file for messages."""
+
     def guard(self, region: Region, part_bytes: int) -> Guard | None:
         """What tells that a part's file was cut while in use; None where that cannot be noticed, nor do harm."""
 
@@ -170,6 +181,10 @@ class Direct:
     def __init__(self, files: Files) -> None:
         self._files = files
 
+    def where(self, run: Run) -> str:
+        """See `Way`."""
+        return self._files.where(run.file)
+
     def guard(self, region: Region, part_bytes: int) -> None:
         """None: the bytes are copies."""
 
@@ -179,7 +194,7 @@ class Direct:
     def load(self, layout: Layout, region: Region, position: int) -> None:
         """See `Way`."""
         for run in layout.runs:
-            with self._files.open(run.path, run.file, direct=True) as (descriptor, is_direct):
+            with self._files.open(run.file, direct=True) as (descriptor, is_direct):
                 self._read(run, descriptor, region, position + run.position, is_direct=is_direct)
                 if not is_direct and hasattr(os, "posix_fadvise"):
                     _drop(descriptor, run)
@@ -196,9 +211,10 @@ class Direct:
             try:
                 count = os.preadv(descriptor, [view], at)
             except OSError as error:
-                raise _read_error(run, at, error) from error
+                raise _read_error(self._files.where(run.file), run, at, error) from error
             if at + count < run.end and (count == 0 or (is_direct and count % PAGE_BYTES)):
-                raise IntegrityError(f"{run.path}: ends at byte {at + count}, not {run.end}; it was cut while in use")
+                where = self._files.where(run.file)
+                raise IntegrityError(f"{where}: ends at byte {at + count}, not {run.end}; it was cut while in use")
             at += count
 
 
@@ -209,6 +225,10 @@ class Mapped:
 
     def __init__(self, files: Files) -> None:
         self._files = files
+
+    def where(self, run: Run) -> str:
+        """See `Way`."""
+        return self._files.where(run.file)
 
     def guard(self, region: Region, part_bytes: int) -> Guard:
         """See `Way`."""
@@ -223,17 +243,17 @@ class Mapped:
         """See `Way`."""
         for run in layout.runs:
             # A file of its own for each mapping: reading ahead is remembered by open file.
-            with self._files.open(run.path, run.file) as (descriptor, _):
+            with self._files.open(run.file) as (descriptor, _):
                 try:
                     region.map_file(position + run.position, run.end - run.offset, descriptor, run.offset)
                 except OSError as error:
-                    raise refusal(run.path, error.errno or 0) from error
+                    raise refusal(self._files.where(run.file), error.errno or 0) from error
                 begin = run.begin - run.offset
                 try:
                     if not region.populate(position + run.position + begin, run.end - run.begin):
                         _read_through(descriptor, run)
                 except OSError as error:
-                    raise _read_error(run, run.begin, error) from error
+                    raise _read_error(self._files.where(run.file), run, run.begin, error) from error
 
     def unload(self, layout: Layout, region: Region, position: int) -> None:
         """Unmap, and ask for the page cache to let go: no other memory is freed for the next expert otherwise."""
@@ -251,8 +271,8 @@ def _read_through(descriptor: int, run: Run) -> None:
         at += count
 
 
-def _read_error(run: Run, at: int, error: OSError) -> ToolkitError:
+def _read_error(where: str, run: Run, at: int, error: OSError) -> ToolkitError:
     # A populated page behind the end of its file is a bad address.
     if error.errno in (errno.EFAULT, errno.ENXIO):
-        return IntegrityError(f"{run.path}: ends before byte {run.end}; it was cut while in use")
-    return ToolkitError(f"{run.path}: cannot be read at byte {at}: {error.strerror}")
+        return IntegrityError(f"{where}: ends before byte {run.end}; it was cut while in use")
+    return ToolkitError(f"{where}: cannot be read at byte {at}: {error.strerror}")

@@ -266,7 +266,7 @@ class ExpertWindow:
             expert = self._held[key]
             try:
                 if self._guard is not None and self._guard.is_broken(expert.slot):
-                    names = ", ".join(str(run.path) for run in expert.layout.runs)
+                    names = ", ".join(self._way.where(run) for run in expert.layout.runs)
                     raise IntegrityError(f"{names}: was cut while in use; copy it back and start again")
                 self._way.check(expert.layout)
             except Exception:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.folder import LocalFolder
 from manifests.jsontext import parse_json
 from runner.chat import ChatTemplate, Message
 
@@ -95,7 +96,7 @@ class Text:
             UnsupportedModelError: A GGUF file has a tokenizer of a kind that is not known.
         """
         if isinstance(checkpoint, Path):
-            auxiliary = Auxiliary(checkpoint)
+            auxiliary = Auxiliary(LocalFolder(checkpoint))
             model = read_optional_json(auxiliary, "config.json")
         else:
             auxiliary, model = checkpoint.auxiliary, checkpoint.config
@@ -318,8 +319,9 @@ def read_optional_json(auxiliary: Auxiliary, name: str) -> Mapping[str, Any]:
 def _read_tokenizer(auxiliary: Auxiliary) -> Tokenizer:
     raw = auxiliary.read(TOKENIZER_FILE, max_bytes=MAX_TOKENIZER_BYTES)
     if raw is None:
-        path = auxiliary.root / TOKENIZER_FILE
-        raise SourceNotFoundError(f"{path}: no such file; copy the model's tokenizer.json there")
+        raise SourceNotFoundError(
+            f"{auxiliary.where(TOKENIZER_FILE)}: no such file; copy the model's tokenizer.json there"
+        )
     try:
         return Tokenizer.from_buffer(raw)
     except Exception as error:

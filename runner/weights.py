@@ -22,7 +22,7 @@ from runner.fp8 import Matrix, stored_matrix
 from runner.layout import PAGE_BYTES
 from runner.memory import dtype_of
 from runner.policy import Key, Policy
-from runner.reading import Direct, Files, Mapped
+from runner.reading import Direct, Mapped
 from runner.residency import ExpertWindow, HeldExpert
 from runner.telemetry import Usage
 
@@ -52,7 +52,7 @@ class WeightStore:
         io: str = "direct",
     ) -> None:
         self._contents = contents
-        self._files = Files(contents.root, contents.file_sizes)
+        self._files = contents.open_files()
         background = Background()
         self._dense = DenseWeights(contents.group, order, Direct(self._files), background)
         way = WAYS[io](self._files)
@@ -144,15 +144,16 @@ class WeightStore:
         row_bytes = location.shape[1] * dtype.itemsize
         found = bytearray(len(ids) * row_bytes)
         view = memoryview(found)
-        with self._files.open(location.path, location.file) as (descriptor, _):
+        where = self._files.where(location.file)
+        with self._files.open(location.file) as (descriptor, _):
             for number, row in enumerate(ids):
                 at = location.offset + row * row_bytes
                 try:
                     count = os.preadv(descriptor, [view[number * row_bytes : (number + 1) * row_bytes]], at)
                 except OSError as error:
-                    raise ToolkitError(f"{location.path}: cannot be read at byte {at}: {error.strerror}") from error
+                    raise ToolkitError(f"{where}: cannot be read at byte {at}: {error.strerror}") from error
                 if count < row_bytes:
-                    raise IntegrityError(f"{location.path}: ends at byte {at + count}; it was cut while in use")
+                    raise IntegrityError(f"{where}: ends at byte {at + count}; it was cut while in use")
         self._rows_read += len(found)
         rows = torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
         return Matrix(weight=rows, scale=None, name=name, encoding=location.encoding)

@@ -26,8 +26,8 @@ from report import finish, say
 from scratch import workspace
 from sparse import write_sparse
 
+from manifests.config import model_facts
 from manifests.digest import CHUNK_BYTES
-from manifests.inventory import model_facts
 from manifests.schema import Manifest, Selection, Shard, Source
 from manifests.storage import save
 from reshard.described import file_entry

@@ -52,6 +52,7 @@ def test_exit_codes() -> None:
     assert {cls.__name__: cls.exit_code for cls in ALL} == {
         "ToolkitError": 1,
         "IncompleteError": 3,
+        "RemoteError": 1,
         "SourceNotFoundError": 10,
         "LockedError": 11,
         "ManifestError": 12,

@@ -59,7 +59,7 @@ def expected(written: Written) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def stored(location: manifests.Location) -> bytes:
-    with location.path.open("rb") as file:
+    with Path(location.place).open("rb") as file:
         file.seek(location.offset)
         return file.read(location.size)
 

@@ -13,8 +13,9 @@ import pytest
 import safetensors
 
 import manifests
+from manifests.config import model_facts
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, UnsupportedModelError
-from manifests.inventory import model_facts, read_shards
+from manifests.inventory import read_shards
 from manifests.names import Role, parse_name
 from manifests.validate import parse
 
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def stored(location: manifests.Location) -> bytes:
-    with location.path.open("rb") as file:
+    with Path(location.place).open("rb") as file:
         file.seek(location.offset)
         return file.read(location.size)
 
@@ -44,7 +45,7 @@ def test_a_plain_folder_and_its_resharded_twin_hold_the_same_bytes(
             assert location is not None
             assert name in checkpoint
             assert stored(location) == data
-            assert location.path == root / location.file
+            assert location.place == str(root / location.file)
     assert manifests.open(v3_resharded).manifest.layout == "resharded"
     assert manifests.open(v3_folder).manifest.layout == "in_place"
 
@@ -248,7 +249,7 @@ def test_facts_are_taken_only_where_they_can_be_facts() -> None:
 
 def test_a_view_of_a_file_that_was_cut_is_not_handed_out_short(resharded_copy: Path) -> None:
     view = manifests.open(resharded_copy).expert(1, 0)["down_proj.weight"]
-    os.truncate(view.location.path, view.location.offset + 10)
+    os.truncate(Path(view.location.place), view.location.offset + 10)
     with pytest.raises(IntegrityError, match="bytes, expected"):
         _ = view.data
 

@@ -373,7 +373,7 @@ def test_copies_are_told_apart_without_their_payload(
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     tensor = manifests.open(v3_copy).find(name)
     assert tensor is not None
-    with tensor.path.open("r+b") as file:
+    with Path(tensor.place).open("r+b") as file:
         file.seek(tensor.offset + tensor.size - 1)
         last = file.read(1)[0]
         file.seek(tensor.offset + tensor.size - 1)

@@ -466,7 +466,7 @@ def test_a_part_says_what_it_is(
     assert (checkpoint.layers, checkpoint.experts(1), checkpoint.experts(3)) == ((1, 3), (0, 10), (0, 10))
     assert checkpoint.manifest.selection == Selection(layers=(1, 3), experts=(0, 10))
     for location in checkpoint.tensors():
-        with location.path.open("rb") as file:
+        with Path(location.place).open("rb") as file:
             file.seek(location.offset)
             assert file.read(location.size) == v3_bytes[location.name]
     source = checkpoint.manifest.source

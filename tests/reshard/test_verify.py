@@ -105,8 +105,8 @@ def test_large_tensors_are_named_to_the_chunk(
     location = manifests.open(out).find("model.embed_tokens.weight")
     assert location is not None
     assert location.size == 2400
-    flip(location.path, location.offset + 1999)
-    flip(location.path, location.offset + 2399)
+    flip(Path(location.place), location.offset + 1999)
+    flip(Path(location.place), location.offset + 2399)
     assert [(d.tensor, d.begin - location.offset, d.end - location.offset) for d in look(out)] == [
         (location.name, 1000, 2000),
         (location.name, 2000, 2400),

@@ -224,7 +224,7 @@ def test_another_model_with_the_same_headers_is_refused(
     before = tree(out)
     location = manifests.open(v3_copy).find("model.layers.1.input_layernorm.weight")
     assert location is not None
-    change(location.path, location.offset)
+    change(Path(location.place), location.offset)
     for selection in (None, Selection(layers=(2,)), Selection(layers=(1,))):
         with pytest.raises(
             ToolkitError,
@@ -242,7 +242,7 @@ def test_other_bytes_beyond_the_sample_are_refused_when_they_are_read_again(
     held = manifests.load(out)
     location = manifests.open(v2_copy).find("model.layers.1.mlp.experts.0.down_proj.weight")
     assert location is not None
-    change(location.path, location.offset)
+    change(Path(location.place), location.offset)
     monkeypatch.setattr("reshard.earlier.SAMPLE_BYTES", 100)
     with pytest.raises(ManifestError, match=r"experts\.0\.down_proj\.weight' has other bytes than were taken before"):
         reshard_folder(v2_copy, out)

@@ -13,6 +13,7 @@ import pytest
 
 from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, ToolkitError
+from manifests.folder import LocalFolder
 from runner.chat import ChatTemplate
 
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -209,7 +210,7 @@ def test_what_is_no_template_is_refused(template: str) -> None:
 
 
 def found(folder: Path, config: dict[str, object]) -> str | None:
-    template = ChatTemplate.find(Auxiliary(folder), config)
+    template = ChatTemplate.find(Auxiliary(LocalFolder(folder)), config)
     return None if template is None else template.render(ONE, bos_token="", eos_token="")
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests.inventory import Location
+from manifests.checkpoint import Location
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, lay_out
 
 
 def location(name: str, file: str, offset: int, size: int) -> Location:
     return Location(
         name=name,
-        path=Path("/somewhere") / file,
         file=file,
+        place=f"/somewhere/{file}",
         offset=offset,
         size=size,
         dtype="F8_E4M3",

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from manifests.checkpoint import Location
 from manifests.errors import IntegrityError, SourceNotFoundError, ToolkitError
-from manifests.inventory import Location
 from runner import kernels
 from runner.background import Background, Load
 from runner.layout import Layout, lay_out
@@ -67,7 +67,7 @@ class Folder:
         for name, size in (("weight", 3 * 4096), ("scale", 700)):
             locations.append(
                 Location(
-                    name=name, path=path, file=path.name, offset=at, size=size, dtype="F8_E4M3", shape=(size,),
+                    name=name, file=path.name, place=str(path), offset=at, size=size, dtype="F8_E4M3", shape=(size,),
                     logical_shape=(size,), codec="none", unpacked_size=0,
                 )
             )  # fmt: skip
@@ -81,7 +81,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def open_window(folder: Folder, way: type[Direct] | type[Mapped], slots: int) -> ExpertWindow:
-    chosen = way(Files(folder.root, folder.sizes))
+    chosen = way(Files(folder.root, folder.sizes, folder.root.joinpath))
     return ExpertWindow(
         lambda key: folder.layout(key, chosen.alignment),
         slots=slots,
@@ -358,7 +358,7 @@ def is_cached(path: Path) -> bool:
 def test_evicted_experts_leave_the_page_cache(folder: Folder, way: type[Direct] | type[Mapped]) -> None:
     window = open_window(folder, way, 2)
     os.sync()  # what is not written yet cannot leave
-    files = Files(folder.root, folder.sizes)
+    files = Files(folder.root, folder.sizes, folder.root.joinpath)
     for expert in range(10):
         files.forget(folder.layout((0, expert), 4096))
         assert not is_cached(folder.path((0, expert)))

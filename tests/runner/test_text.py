@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 import manifests
 from manifests.auxiliary import Auxiliary
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.folder import LocalFolder
 from runner.text import StopScanner, Text, tokenizer_bytes
 from tests.gguf_tokenizers import train, write_tokenizer
 
@@ -175,8 +176,8 @@ def test_a_fault_of_a_gguf_files_template_names_the_file(tmp_path: Path) -> None
 
 def test_memory_of_the_tokenizer(tmp_path: Path, text_folder: Folder) -> None:
     folder = text_folder()
-    assert tokenizer_bytes(Auxiliary(folder)) == 9 * (folder / "tokenizer.json").stat().st_size
-    assert tokenizer_bytes(Auxiliary(tmp_path)) == 0
+    assert tokenizer_bytes(Auxiliary(LocalFolder(folder))) == 9 * (folder / "tokenizer.json").stat().st_size
+    assert tokenizer_bytes(Auxiliary(LocalFolder(tmp_path))) == 0
     write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3")
     size = (tmp_path / "model.gguf").stat().st_size
     assert tokenizer_bytes(manifests.open(tmp_path).auxiliary) == 17 * size

@@ -1,0 +1,503 @@
+"""Bytes of files on web servers, by range: one file that stays what it is, read by any number of threads.
+
+Failures that may pass (a broken connection, a busy server) are tried again, from the byte where they came; what cannot
+get better by waiting is refused in one sentence. Credentials go to the server that they are for and to no other.
+This file knows addresses and bytes; it must not know checkpoints. It needs the package urllib3.
+"""
+
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from manifests import urls
+from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError, ToolkitError
+
+if TYPE_CHECKING:
+    import urllib3
+
+CONNECT_S = 15.0
+SILENCE_S = 60.0
+"""How long a server may send nothing."""
+
+TRIES = 6
+"""Failures one behind the other, without a byte between them, that are borne."""
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 300.0
+"""A server that asks for more is not waited for."""
+
+CONNECTIONS = 64
+_REDIRECTS = 5
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_ABSENT = frozenset({404, 410})
+_FORBIDDEN = frozenset({401, 403})
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
+
+
+class _PassingError(Exception):
+    """A failure that may pass: what it was, and how long the server asks to wait."""
+
+    def __init__(self, reason: str, pause_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause_s = pause_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What tells one state of a file on a server from another.
+
+    Attributes:
+        size: Its bytes.
+        etag: What the server calls this state; None when it does not say.
+        modified: When it was made, in the server's words; None when it does not say.
+    """
+
+    size: int
+    etag: str | None
+    modified: str | None
+
+    def differs(self, other: "Facts") -> bool:
+        """Whether both cannot be the same state. Servers behind one address may agree in one of their words only."""
+        if self.size != other.size:
+            return True
+        if self.etag and other.etag:
+            return self.etag != other.etag
+        return None not in (self.modified, other.modified) and self.modified != other.modified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A small file that was read whole: its bytes and the server's name of its state."""
+
+    content: bytes
+    etag: str | None
+
+
+class Web:
+    """Connections to web servers, kept for the next request. Any number of threads may use one.
+
+    Args:
+        authorization: Of whom what is asked with: the value of the header by `urls.origin`.
+
+    Raises:
+        ToolkitError: The package urllib3 is not installed.
+    """
+
+    def __init__(self, authorization: Mapping[tuple[str, str, int], str] | None = None) -> None:
+        self._library = _library()
+        self._authorization = dict(authorization or {})
+        self._managers: dict[str | None, urllib3.PoolManager] = {}
+        self._lock = threading.Lock()
+        self.requests = 0
+        """Requests that were made so far."""
+
+    def file(self, url: str) -> "RemoteFile":
+        """A file that is read by ranges; nothing is asked yet."""
+        return RemoteFile(self, url)
+
+    def read(self, url: str, *, max_bytes: int, etag: str | None = None) -> Document | None:
+        """A small file whole; None when the server has none.
+
+        Args:
+            url: Its address.
+            max_bytes: The most that it may have.
+            etag: The state that is known already; then None says that it is still this one, and absence is an error.
+
+        Raises:
+            SourceNotFoundError: There is none, and `etag` was given; or it must not be seen.
+            ManifestError: It is larger.
+            RemoteError: The server cannot be reached, or does not do what is asked.
+        """
+        patience = _Patience(url)
+        extra = {} if etag is None else {"If-None-Match": etag}
+        while True:
+            try:
+                response = self.ask(url, extra)[0]
+                with closing(response):
+                    if response.status == 304 and etag is not None:
+                        return None
+                    if response.status in _ABSENT and etag is None:
+                        return None
+                    _refuse(response, url)
+                    if response.status != 200:
+                        raise RemoteError(f"{urls.shown(url)}: the server answers with status {response.status}")
+                    return Document(content=_whole(response, url, max_bytes), etag=response.headers.get("ETag"))
+            except _PassingError as failure:
+                patience.bear(failure)
+            except self._library.exceptions.HTTPError as error:
+                patience.bear(_failure(error, url))
+
+    def ask(self, url: str, headers: Mapping[str, str]) -> tuple["urllib3.BaseHTTPResponse", str]:
+        """One GET, redirects followed: the response, its body not read, and the address that gave it.
+
+        Raises:
+            RemoteError: A redirect leads nowhere, in circles, or off TLS.
+            urllib3.exceptions.HTTPError: The connection failed.
+        """
+        at = url
+        for _ in range(_REDIRECTS + 1):
+            own = {"Accept-Encoding": "identity", "User-Agent": "expert-reshard", **headers}
+            # Asked for each step: a redirect to another server takes no password there.
+            if (authorization := self._authorization.get(urls.origin(at))) is not None:
+                own["Authorization"] = authorization
+            self.requests += 1
+            response = self._manager(at).request(
+                "GET", at, headers=own, preload_content=False, decode_content=False, redirect=False, retries=False
+            )
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or location is None:
+                return response, at
+            response.close()
+            at = _redirected(at, location)
+        raise RemoteError(f"{urls.shown(url)}: is redirected more than {_REDIRECTS} times")
+
+    def _manager(self, url: str) -> "urllib3.PoolManager":
+        """The connections that lead there: by the proxy that the environment names, or direct."""
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
+        with self._lock:
+            if proxy not in self._managers:
+                timeout = self._library.Timeout(connect=CONNECT_S, read=SILENCE_S)
+                self._managers[proxy] = (
+                    self._library.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
+                    if proxy is None
+                    else self._library.ProxyManager(proxy, maxsize=CONNECTIONS, timeout=timeout)
+                )
+            return self._managers[proxy]
+
+
+class RemoteFile:
+    """One file on a server, which must stay what it was when it was first seen.
+
+    Args:
+        web: Who asks.
+        url: Its address.
+        known: The state that it must have; the first one that is seen when not given.
+    """
+
+    def __init__(self, web: Web, url: str, known: Facts | None = None) -> None:
+        self.url = url
+        self._web = web
+        self._facts = known
+        self._lock = threading.Lock()
+        # Where a redirect led: asked at once the next time, because the first server counts its requests.
+        self._location = url
+
+    @property
+    def where(self) -> str:
+        """Its address for messages."""
+        return urls.shown(self.url)
+
+    @property
+    def facts(self) -> Facts:
+        """Its state.
+
+        Raises:
+            See `read`.
+        """
+        if self._facts is None:
+            self.begin(1)
+        assert self._facts is not None
+        return self._facts
+
+    def begin(self, size: int) -> bytes:
+        """The first bytes, all of them in a smaller file; asks for no more than these.
+
+        Raises:
+            See `read`.
+        """
+        stream = Stream(self, 0, size, clamp=True)
+        with closing(stream):
+            stream.open()
+            content = bytearray(stream.end)
+            stream.fill(memoryview(content))
+        return bytes(content)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """The bytes from begin to end.
+
+        Raises:
+            SourceNotFoundError: There is no such file, or it must not be seen.
+            IntegrityError: It changed on the server since it was first seen, or ends before the range does.
+            RemoteError: The server cannot be reached, or does not do what is asked.
+        """
+        content = bytearray(end - begin)
+        with closing(self.stream(begin, end)) as stream:
+            stream.fill(memoryview(content))
+        return bytes(content)
+
+    def stream(self, begin: int, end: int) -> "Stream":
+        """The bytes from begin to end, one behind the other; they are asked for when the first are read."""
+        return Stream(self, begin, end)
+
+    def ask(self, begin: int, end: int) -> "urllib3.BaseHTTPResponse":
+        """The response with this range, or as much of it as the file has; its body not read.
+
+        Raises:
+            SourceNotFoundError, IntegrityError, RemoteError: See `read`.
+            _PassingError: A failure that may pass.
+            urllib3.exceptions.HTTPError: The connection failed.
+        """
+        asked = self._location
+        response, location = self._web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
+        try:
+            if asked != self.url and response.status in _ABSENT | _FORBIDDEN:
+                # What a redirect leads to is often signed for a while only.
+                self._location = self.url
+                raise _PassingError("the redirected address is no longer valid", 0)
+            self._location = location
+            self._check(response, begin, end)
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    def _check(self, response: "urllib3.BaseHTTPResponse", begin: int, end: int) -> None:
+        """Whether a response is the range that was asked for, of the file that was seen before."""
+        _refuse(response, self.url)
+        if response.status == 200:
+            raise RemoteError(f"{self.where}: the server does not serve ranges of files (it ignores Range)")
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status not in (206, 416) or (found is None and response.status == 206):
+            raise RemoteError(f"{self.where}: the server answers a range with status {response.status} and no range")
+        if found is None:
+            raise IntegrityError(f"{self.where}: ends before byte {end}; it changed on the server or was cut")
+        facts = Facts(
+            size=int(found[3]), etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified")
+        )
+        with self._lock:
+            known = self._facts = self._facts or facts
+        if known.differs(facts):
+            raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again")
+        if response.status == 416:
+            if begin < known.size:
+                raise RemoteError(f"{self.where}: the server refuses bytes {begin} to {end} of {known.size}")
+            return
+        if (int(found[1] or -1), int(found[2] or -1) + 1) != (begin, min(end, known.size)):
+            raise RemoteError(
+                f"{self.where}: the server was asked for bytes {begin} to {end} and sends {found[1]} to {found[2]}"
+            )
+
+
+class Stream:
+    """A range of a remote file while it arrives; goes on by itself where a connection broke.
+
+    Args:
+        file: The file.
+        begin: First byte.
+        end: Behind the last byte.
+        clamp: Whether the file may end before.
+
+    Attributes:
+        position: The byte that comes next.
+        end: As given; what the file has when it was clamped.
+    """
+
+    def __init__(self, file: RemoteFile, begin: int, end: int, *, clamp: bool = False) -> None:
+        self.position = begin
+        self.end = end
+        self._file = file
+        self._clamp = clamp
+        self._patience = _Patience(file.url)
+        self._response: urllib3.BaseHTTPResponse | None = None
+
+    def open(self) -> None:
+        """Ask for the bytes, if that was not done; returns when the server has begun to answer."""
+        self._retrying(self._connect)
+
+    def fill(self, view: memoryview) -> None:
+        """Put the next bytes into a buffer until it is full.
+
+        Raises:
+            See `RemoteFile.read`.
+        """
+        while view:
+            view = view[self.readinto(view) :]
+
+    def readinto(self, view: memoryview) -> int:
+        """Put the next bytes into a buffer, as many as have arrived, at least one; 0 at the end.
+
+        Raises:
+            See `RemoteFile.read`.
+        """
+        wanted = min(len(view), self.end - self.position)
+        if not wanted:
+            return 0
+        count = 0
+
+        def receive() -> None:
+            nonlocal count
+            self._connect()
+            assert self._response is not None
+            # What has arrived and no more: bytes that a longer call holds would be lost with its connection.
+            data = self._response.read1(wanted, decode_content=False)
+            if not data:
+                raise _PassingError("the connection ended early")
+            view[: len(data)] = data
+            count = len(data)
+
+        self._retrying(receive)
+        self._patience.forget()
+        self.position += count
+        if self.position == self.end:
+            self.close()
+        return count
+
+    def close(self) -> None:
+        """Give the connection back, or end it when bytes are still on their way."""
+        response, self._response = self._response, None
+        if response is not None:
+            if self.position < self.end:
+                response.close()
+            response.release_conn()
+
+    def _connect(self) -> None:
+        if self._response is None and self.position < self.end:
+            self._response = self._file.ask(self.position, self.end)
+            size = self._file.facts.size
+            if self._clamp:
+                self.end = min(self.end, size)
+            elif self.end > size:
+                raise IntegrityError(f"{self._file.where}: ends at byte {size}, before {self.end}")
+
+    def _retrying(self, work: Callable[[], None]) -> None:
+        errors = _library().exceptions.HTTPError
+        while True:
+            try:
+                return work()
+            except _PassingError as failure:
+                passing = failure
+            except errors as error:
+                passing = _failure(error, self._file.url)
+            except BaseException:
+                self._drop()
+                raise
+            self._drop()
+            self._patience.bear(passing)
+
+    def _drop(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()
+
+
+class _Patience:
+    """How many failures one thing has had, one behind the other."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._failures = 0
+
+    def forget(self) -> None:
+        """It went on."""
+        self._failures = 0
+
+    def bear(self, failure: _PassingError) -> None:
+        """Wait before the next try.
+
+        Raises:
+            RemoteError: There were too many, or the server asks for too long a pause.
+        """
+        self._failures += 1
+        if self._failures >= TRIES:
+            raise RemoteError(
+                f"{urls.shown(self._url)}: {failure}, {TRIES} times in a row; run again later"
+            ) from failure
+        # Not all clients of a server that came back should ask it at once.
+        pause_s = FIRST_PAUSE_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25)
+        if failure.pause_s is not None:
+            if failure.pause_s > LONGEST_PAUSE_S:
+                raise RemoteError(
+                    f"{urls.shown(self._url)}: {failure}, and asks to wait {failure.pause_s:.0f} s; run again then"
+                ) from failure
+            pause_s = failure.pause_s
+        time.sleep(pause_s)
+
+
+def _library() -> ModuleType:
+    try:
+        import urllib3
+    except ImportError as error:
+        raise ToolkitError("web servers are read with urllib3: `pip install expert-reshard[http]`") from error
+    return urllib3
+
+
+def _refuse(response: "urllib3.BaseHTTPResponse", url: str) -> None:
+    """Raise what a status means that no request goes on with."""
+    where = urls.shown(url)
+    status = response.status
+    if status in _PASSING:
+        raise _PassingError(f"the server answers with status {status}", _pause(response))
+    if status in _ABSENT:
+        raise SourceNotFoundError(f"{where}: the server has no such file")
+    if status in _FORBIDDEN:
+        raise SourceNotFoundError(
+            f"{where}: the server does not let you read it (status {status}); give user and password in the address, "
+            "or for the Hub a token in HF_TOKEN"
+        )
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if status in (200, 206) and encoding.lower() != "identity":
+        raise RemoteError(f"{where}: the server sends it compressed ({encoding!r:.40}), so its bytes cannot be told")
+
+
+def _pause(response: "urllib3.BaseHTTPResponse") -> float | None:
+    """Seconds that the server asks to wait; None when it does not, or not in a way that can be read."""
+    library = _library()
+    try:
+        found: float | None = library.Retry().get_retry_after(response)
+    except (library.exceptions.HTTPError, ValueError, OverflowError):
+        return None
+    return found
+
+
+def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> bytes:
+    content = bytearray()
+    while data := response.read(1 << 20, decode_content=False):
+        content += data
+        if len(content) > max_bytes:
+            raise ManifestError(f"{urls.shown(url)}: larger than {max_bytes} bytes, which no such file needs")
+    return bytes(content)
+
+
+def _redirected(url: str, location: str) -> str:
+    target = urljoin(url, location)
+    if urlsplit(target).scheme not in ("http", "https"):
+        raise RemoteError(f"{urls.shown(url)}: is redirected to {urls.shown(target)}, which is not followed")
+    if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
+        raise RemoteError(f"{urls.shown(url)}: is redirected from https to http, which is not followed")
+    # Not the password that a server writes into an address: nobody here gave it.
+    return urls.parse(target).url
+
+
+def _failure(error: Exception, url: str) -> _PassingError:
+    """What a failed connection was.
+
+    Raises:
+        RemoteError: It will not get better by trying again.
+    """
+    exceptions = _library().exceptions
+    if isinstance(error, exceptions.SSLError):
+        raise RemoteError(
+            f"{urls.shown(url)}: no secure connection: {error}; for a certificate of your own name its authority in "
+            "SSL_CERT_FILE"
+        ) from error
+    if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
+        raise RemoteError(f"{urls.shown(url)}: is no address that can be asked") from error
+    if isinstance(error, exceptions.NameResolutionError):
+        return _PassingError("its host name cannot be found")
+    if isinstance(error, exceptions.NewConnectionError):
+        return _PassingError("its server cannot be reached")
+    if isinstance(error, exceptions.ConnectTimeoutError):
+        return _PassingError(f"its server did not answer within {CONNECT_S:.0f} s")
+    if isinstance(error, exceptions.ReadTimeoutError):
+        return _PassingError(f"its server sent nothing for {SILENCE_S:.0f} s")
+    return _PassingError("the connection broke")

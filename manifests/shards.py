@@ -1,0 +1,109 @@
+"""The original shards of a checkpoint: their index, their order, and a manifest of them as they are.
+
+Knows headers and the index as data; reads nothing, so it does not matter where the shards lie.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from manifests.errors import ManifestError, Problem
+from manifests.header import Header
+from manifests.jsontext import parse_json
+from manifests.paths import Kind
+from manifests.safety import check_relative
+from manifests.schema import FileEntry, Manifest, ModelFacts, TensorEntry
+
+SUFFIX = ".safetensors"
+MAX_INDEX_BYTES = 100_000_000
+
+
+def parse_weight_map(raw: bytes, *, what: str) -> dict[str, str]:
+    """Tensor names to shards, from the bytes of an index.
+
+    Raises:
+        ManifestError: It has none, or names what is no shard below the folder.
+    """
+    index = parse_json(raw, what=what)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ManifestError(f"{what}: has no weight_map of tensor names to shards")
+    for shard in set(map(str, weight_map.values())):
+        check_relative(shard, what=what)
+        if not shard.endswith(SUFFIX):
+            raise ManifestError(f"{what}: {shard!r:.200} in weight_map is not a {SUFFIX} file")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ManifestError(f"{what}: weight_map must map names to file names")
+    return weight_map
+
+
+def source_order(names: Iterable[str]) -> list[str]:
+    """The numeric order of names: Kimi-K2's ``model-2-of-61`` stands before ``model-10-of-61``."""
+    return sorted(set(names), key=_numeric_order)
+
+
+def in_place(shards: Mapping[str, Header], facts: ModelFacts) -> Manifest:
+    """The manifest of original files, made from their headers, which are given in source order."""
+    return Manifest(
+        layout="in_place",
+        model=facts,
+        files=tuple(_describe_shard(name, header) for name, header in shards.items()),
+    )
+
+
+def _describe_shard(name: str, header: Header) -> FileEntry:
+    start = len(header.raw)
+    return FileEntry(
+        path=name,
+        kind=Kind.SHARD,
+        size=header.file_bytes,
+        unpacked_size=header.file_bytes,
+        header_size=start,
+        header_sha256=None,
+        digest=None,
+        tensors=tuple(
+            TensorEntry(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                offset=start + tensor.begin,
+                size=tensor.end - tensor.begin,
+                digest=None,
+                encoding=tensor.encoding,
+                logical_shape=tensor.logical_shape or tensor.shape,
+                source_name=tensor.source_name or tensor.name,
+            )
+            for tensor in header.tensors
+        ),
+    )
+
+
+def check_index(where: str, weight_map: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+    """Refuse an index that does not say what the headers of its shards say.
+
+    Raises:
+        ManifestError: With every contradiction.
+    """
+    problems = []
+    names = {shard: {tensor.name for tensor in header.tensors} for shard, header in shards.items()}
+    for name, shard in weight_map.items():
+        if name not in names[shard]:
+            problems.append(f"the index says {name!r:.200} is in {shard}, which does not have it")
+    for shard, found in names.items():
+        for name in found:
+            if name not in weight_map:
+                problems.append(f"{shard} has {name!r:.200}, which the index does not name")
+            elif weight_map[name] != shard:
+                problems.append(f"{shard} has {name!r:.200}, which the index says is in {weight_map[name]}")
+    if problems:
+        problems.sort()
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise ManifestError(
+            f"{where}: {problems[0]}{more}; index and shards are not of one checkpoint",
+            [Problem(loc="weight_map", kind="inconsistent", message=problem) for problem in problems],
+        )
+
+
+def _numeric_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    # Every second part is digits. The name itself decides between model-1 and model-01, which are equal as numbers.
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)], name
