@@ -30,6 +30,9 @@ SILENCE_S = 60.0
 TRIES = 6
 """Failures one behind the other, without a byte between them, that are borne."""
 
+FIRST_TRIES = 3
+"""The same for a server that has never answered: its name is likely to be wrong."""
+
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 300.0
 """A server that asks for more is not waited for."""
@@ -96,6 +99,7 @@ class Web:
         self._authorization = dict(authorization or {})
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
+        self._answered: set[tuple[str, str, int]] = set()
         self.requests = 0
         """Requests that were made so far."""
 
@@ -116,7 +120,7 @@ class Web:
             ManifestError: It is larger.
             RemoteError: The server cannot be reached, or does not do what is asked.
         """
-        patience = _Patience(url)
+        patience = _Patience(self, url)
         extra = {} if etag is None else {"If-None-Match": etag}
         while True:
             try:
@@ -152,12 +156,17 @@ class Web:
             response = self._manager(at).request(
                 "GET", at, headers=own, preload_content=False, decode_content=False, redirect=False, retries=False
             )
+            self._answered.add(urls.origin(at))
             location = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return response, at
             response.close()
             at = _redirected(at, location)
         raise RemoteError(f"{urls.shown(url)}: is redirected more than {_REDIRECTS} times")
+
+    def tries(self, url: str) -> int:
+        """Failures one behind the other that are borne."""
+        return TRIES if urls.origin(url) in self._answered else FIRST_TRIES
 
     def _manager(self, url: str) -> "urllib3.PoolManager":
         """The connections that lead there: by the proxy that the environment names, or direct."""
@@ -185,8 +194,8 @@ class RemoteFile:
     """
 
     def __init__(self, web: Web, url: str, known: Facts | None = None) -> None:
+        self.web = web
         self.url = url
-        self._web = web
         self._facts = known
         self._lock = threading.Lock()
         # Where a redirect led: asked at once the next time, because the first server counts its requests.
@@ -248,7 +257,7 @@ class RemoteFile:
             urllib3.exceptions.HTTPError: The connection failed.
         """
         asked = self._location
-        response, location = self._web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
+        response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
         try:
             if asked != self.url and response.status in _ABSENT | _FORBIDDEN:
                 # What a redirect leads to is often signed for a while only.
@@ -307,7 +316,7 @@ class Stream:
         self.end = end
         self._file = file
         self._clamp = clamp
-        self._patience = _Patience(file.url)
+        self._patience = _Patience(file.web, file.url)
         self._response: urllib3.BaseHTTPResponse | None = None
 
     def open(self) -> None:
@@ -393,7 +402,8 @@ class Stream:
 class _Patience:
     """How many failures one thing has had, one behind the other."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, web: Web, url: str) -> None:
+        self._web = web
         self._url = url
         self._failures = 0
 
@@ -408,9 +418,9 @@ class _Patience:
             RemoteError: There were too many, or the server asks for too long a pause.
         """
         self._failures += 1
-        if self._failures >= TRIES:
+        if self._failures >= self._web.tries(self._url):
             raise RemoteError(
-                f"{urls.shown(self._url)}: {failure}, {TRIES} times in a row; run again later"
+                f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; run again later"
             ) from failure
         # Not all clients of a server that came back should ask it at once.
         pause_s = FIRST_PAUSE_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25)
@@ -469,10 +479,14 @@ def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> by
 
 
 def _redirected(url: str, location: str) -> str:
-    target = urljoin(url, location)
-    if urlsplit(target).scheme not in ("http", "https"):
+    try:
+        target = urljoin(url, location)
+        scheme = urlsplit(target).scheme
+    except ValueError as error:
+        raise RemoteError(f"{urls.shown(url)}: is redirected to an address that leads nowhere") from error
+    if scheme not in ("http", "https"):
         raise RemoteError(f"{urls.shown(url)}: is redirected to {urls.shown(target)}, which is not followed")
-    if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
+    if urlsplit(url).scheme == "https" and scheme == "http":
         raise RemoteError(f"{urls.shown(url)}: is redirected from https to http, which is not followed")
     # Not the password that a server writes into an address: nobody here gave it.
     return urls.parse(target).url

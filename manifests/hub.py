@@ -126,6 +126,8 @@ def _parse(text: str) -> tuple[str, str | None, str]:
 def _library(text: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError as error:
         raise ToolkitError(f"{text}: needs the package huggingface_hub: `pip install expert-reshard[hub]`") from error
     return huggingface_hub

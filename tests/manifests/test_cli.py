@@ -100,6 +100,7 @@ def test_ls_json_gives_every_byte(
                 "begin": "int",
                 "end": "int",
                 "file": "str",
+                "place": "str",
                 "codec": "str",
             }
         ]

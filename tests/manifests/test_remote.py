@@ -1,0 +1,332 @@
+"""Checkpoints on a web server are seen as the same ones here are, with nothing read but headers and small files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+import manifests
+from manifests import hub, remote
+from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError
+from tests.file_server import Answer, Asked, FileServer, serve
+
+INDEX = "model.safetensors.index.json"
+Program = Callable[..., Any]
+
+
+def contents(folder: Path, below: str = "") -> dict[str, bytes]:
+    """The files of a folder by the path that a server gives them."""
+    return {
+        f"{below}/{path.relative_to(folder).as_posix()}": path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def served(v3_folder: Path, v3_resharded: Path) -> Iterator[FileServer]:
+    with serve(contents(v3_folder, "/plain") | contents(v3_resharded, "/ours")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(served: FileServer) -> Iterator[FileServer]:
+    served.asked.clear()
+    served.sent_bytes = 0
+    files = dict(served.files)
+    yield served
+    served.files = files
+    served.instead = lambda asked, right: None
+
+
+@pytest.fixture(params=["plain", "ours"])
+def pair(request: pytest.FixtureRequest, server: FileServer, v3_folder: Path, v3_resharded: Path) -> tuple[str, Path]:
+    """An address and the folder that lies there."""
+    return f"{server.url}/{request.param}", v3_folder if request.param == "plain" else v3_resharded
+
+
+def test_the_same_manifest_config_and_bytes(pair: tuple[str, Path], v3_bytes: dict[str, bytes]) -> None:
+    there, here = manifests.open(pair[0]), manifests.open(pair[1])
+    assert there.manifest == here.manifest
+    assert there.config == here.config
+    assert there.layers == here.layers
+    for location in there.tensors():
+        assert location.place == f"{pair[0]}/{location.file}"
+        assert there.tensor(location.name).data == v3_bytes[location.name]
+    assert {name: view.data for name, view in there.expert(2, 1).items()} == {
+        name: view.data for name, view in here.expert(2, 1).items()
+    }
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_commands_say_the_same(pair: tuple[str, Path], slash: str, program: Program) -> None:
+    for command in ("show", "ls"):
+        rows = program("manifests", command, pair[0] + slash, "--json").json
+        expected = program("manifests", command, pair[1], "--json").json
+        if command == "ls":
+            for row in rows:
+                assert row["place"] == f"{pair[0]}/{row['file']}"
+                row["place"] = str(pair[1] / row["file"])
+        else:
+            expected["path"] = pair[0] + slash
+        assert rows == expected
+    text = program("manifests", "ls", pair[0], "--layer", "2", "--expert", "1").out
+    assert f" {pair[0]}/" in text
+    assert program("manifests", "diff", pair[0], pair[1]).code == (0 if pair[0].endswith("ours") else 3)
+
+
+def test_headers_alone_are_read(server: FileServer, v3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 64)
+    shards = {location.file for location in manifests.open(v3_folder).tensors()}
+    server.asked.clear()
+    manifests.open(f"{server.url}/plain")
+    for shard in shards:
+        ranges = [asked.range for asked in server.asked if asked.path == f"/plain/{shard}"]
+        header = 8 + int.from_bytes((v3_folder / shard).read_bytes()[:8], "little")
+        assert ranges == ["bytes=0-63", f"bytes=64-{header - 1}"]
+    assert {asked.path for asked in server.asked if asked.range is None} == {
+        "/plain/manifest.json", f"/plain/{INDEX}", "/plain/config.json"
+    }  # fmt: skip
+
+
+def test_one_request_is_enough_for_a_header(server: FileServer, v3_folder: Path) -> None:
+    manifests.open(f"{server.url}/plain")
+    shards = len(list(v3_folder.glob("model-*.safetensors")))
+    assert len([asked for asked in server.asked if asked.range]) == shards
+
+
+def test_progress_is_told(server: FileServer) -> None:
+    told: list[tuple[int, int]] = []
+    manifests.open(f"{server.url}/plain", lambda done, total: told.append((done, total)))
+    count = told[0][1]
+    assert told == [(number, count) for number in range(1, count + 1)]
+
+
+def test_one_file(server: FileServer, v3_folder: Path, program: Program) -> None:
+    shard = sorted(v3_folder.glob("model-*.safetensors"))[0]
+    url = f"{server.url}/plain/{shard.name}"
+    rows = program("manifests", "ls", url, "--json").json
+    assert [row["place"] for row in rows] == [url] * len(rows)
+    assert len(rows) == len(program("manifests", "ls", shard, "--json").json)
+
+
+def test_a_checkpoint_of_one_file_without_an_index(server: FileServer, v3_folder: Path) -> None:
+    shard = sorted(v3_folder.glob("model-*.safetensors"))[0]
+    server.files["/one/model.safetensors"] = shard.read_bytes()
+    assert len(list(manifests.open(f"{server.url}/one").tensors())) == len(list(manifests.open(shard).tensors()))
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "says"),
+    [
+        ("/nothing", 10, "/nothing: no manifest.json, no model.safetensors.index.json and no model.safetensors there"),
+        ("/plain/none.safetensors", 10, "/plain/none.safetensors: the server has no such file"),
+    ],
+)
+def test_nothing_there(server: FileServer, program: Program, path: str, code: int, says: str) -> None:
+    result = program("manifests", "show", server.url + path)
+    assert (result.code, result.out) == (code, "")
+    assert result.err == f"manifests: {server.url}{says}\n"
+
+
+@pytest.mark.parametrize("url", ["file:///models", "ftp://host/a", "s3://bucket/a"])
+def test_other_schemes_are_refused(program: Program, url: str) -> None:
+    result = program("manifests", "ls", url)
+    assert (result.code, result.out) == (10, "")
+    assert result.err.startswith(f"manifests: {url}: cannot be read; ")
+
+
+def test_a_missing_shard(server: FileServer, program: Program, v3_folder: Path) -> None:
+    shard = sorted(v3_folder.glob("model-*.safetensors"))[1].name
+    del server.files[f"/plain/{shard}"]
+    result = program("manifests", "show", f"{server.url}/plain")
+    assert (result.code, result.err) == (10, f"manifests: {server.url}/plain/{shard}: the server has no such file\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/x.safetensors", "http://evil/x.safetensors", "a\\b.safetensors", "a//b.safetensors"]
+)
+def test_hostile_names_of_an_index(server: FileServer, program: Program, name: str) -> None:
+    index = json.loads(server.files[f"/plain/{INDEX}"])
+    index["weight_map"]["model.norm.weight"] = name
+    server.files[f"/plain/{INDEX}"] = json.dumps(index).encode()
+    result = program("manifests", "show", f"{server.url}/plain")
+    assert result.code == 12
+    assert "refused" in result.err
+    assert not [asked for asked in server.asked if "x.safetensors" in asked.path]
+
+
+def test_a_hostile_path_of_a_manifest(server: FileServer, program: Program) -> None:
+    server.files["/ours/manifest.json"] = server.files["/ours/manifest.json"].replace(b"model/head", b"../../head")
+    assert program("manifests", "show", f"{server.url}/ours").code == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "shorter than 8 bytes"),
+        (b"version https://git-lfs", "git-lfs pointer"),
+        (b"\xff" * 64, "over the limit"),
+        ((10**6).to_bytes(8, "little") + b"{}", "longer than the file"),
+        (b"<html>not found</html>", "not a safetensors file"),
+    ],
+)
+def test_what_is_no_shard(server: FileServer, program: Program, content: bytes, says: str) -> None:
+    server.files["/a.safetensors"] = content
+    result = program("manifests", "ls", f"{server.url}/a.safetensors")
+    assert result.code == 12
+    assert says in result.err or "over the limit" in result.err
+
+
+def test_a_manifest_of_another_file_than_it_says(server: FileServer) -> None:
+    server.files["/ours/manifest.json"] = server.files["/ours/manifest.json"].replace(b"bos", b"eos", 1) + b" "
+    with pytest.raises(ManifestError):
+        manifests.open(f"{server.url}/ours")
+
+
+def test_a_shard_that_changes_between_two_looks(server: FileServer, v3_folder: Path) -> None:
+    checkpoint = manifests.open(f"{server.url}/plain")
+    location = next(one for one in checkpoint.tensors() if one.size)
+    server.files[f"/plain/{location.file}"] += b"more"
+    with pytest.raises(IntegrityError, match="changed on the server"):
+        _ = checkpoint.tensor(location.name).data
+
+
+def test_a_server_without_ranges(server: FileServer, program: Program) -> None:
+    def whole(asked: Asked, right: Answer) -> Answer | None:
+        return Answer(200, {}, server.files[asked.path]) if asked.range else None
+
+    server.instead = whole
+    result = program("manifests", "ls", f"{server.url}/plain")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "does not serve ranges" in result.err
+    # What is read whole needs none.
+    assert program("manifests", "ls", f"{server.url}/ours").code == 0
+
+
+def test_what_needs_files_here_says_so(server: FileServer, program: Program) -> None:
+    result = program("manifests", "check", f"{server.url}/ours")
+    assert (result.code, result.out) == (10, "")
+    assert "is not on this machine" in result.err
+
+
+def test_a_password_in_an_address(server: FileServer, program: Program) -> None:
+    url = server.url.replace("http://", "http://me:secret@")
+    result = program("manifests", "show", f"{url}/none")
+    assert result.code == 10
+    assert "secret" not in result.err
+    assert {asked.headers["authorization"] for asked in server.asked} == {"Basic bWU6c2VjcmV0"}
+
+
+# The Hub.
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_server(
+    server: FileServer, v3_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[FileServer]:
+    """A server that answers as the Hub does: a list of files, and redirects of large ones to another host."""
+    files = contents(v3_folder)
+    siblings = [
+        {"rfilename": path[1:], "size": len(content), "blobId": "0" * 40}
+        | (
+            {"lfs": {"size": len(content), "sha256": "ab" * 32, "pointerSize": 130}}
+            if path.endswith(".safetensors")
+            else {}
+        )
+        for path, content in files.items()
+    ]
+    model = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
+    small = {f"/org/tiny/resolve/{COMMIT}{path}": content for path, content in files.items()}
+    api = {f"/api/models/org/tiny{end}": json.dumps(model).encode() for end in ("", "/revision/v1", "/revision/main")}
+    with serve(small | api) as front:
+
+        def answer(asked: Asked, right: Answer) -> Answer | None:
+            if asked.path.endswith(".safetensors"):
+                return Answer(302, {"Location": f"{server.url}/plain/{asked.path.rpartition('/')[2]}?Signature=x"})
+            if asked.path.startswith("/api/") and right.status == 404:
+                kind = "RevisionNotFound" if "/revision/" in asked.path else "RepoNotFound"
+                return Answer(404, {"X-Error-Code": kind})
+            return None
+
+        front.instead = answer
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", front.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield front
+
+
+@pytest.mark.parametrize("name", ["hf://org/tiny", "hf://org/tiny@v1", "hf://org/tiny/", "hf://models/org/tiny@main"])
+def test_a_repository_of_the_hub(hub_server: FileServer, server: FileServer, v3_folder: Path, name: str) -> None:
+    checkpoint = manifests.open(name)
+    assert checkpoint.manifest == manifests.open(v3_folder).manifest
+    assert str(checkpoint.folder) == name.rstrip("/")
+    assert isinstance(checkpoint.folder, remote.RemoteFolder)
+    assert checkpoint.folder.files is not None
+    listed = checkpoint.folder.files
+    shard = sorted(v3_folder.glob("model-*.safetensors"))[0]
+    assert listed[shard.name] == hub.Listed(size=shard.stat().st_size, sha256="ab" * 32)
+    assert listed["config.json"].sha256 is None
+    # The token is the Hub's and not its file servers'.
+    ours = [asked for asked in hub_server.asked if "/org/" in asked.path]
+    assert {asked.headers.get("authorization") for asked in ours} == {"Bearer hf_secret"}
+    assert {asked.headers.get("authorization") for asked in server.asked} == {None}
+
+
+def test_a_folder_of_a_repository(hub_server: FileServer, v3_folder: Path) -> None:
+    found = hub.resolve("hf://org/tiny/figures/deep")
+    assert found.url.endswith(f"/org/tiny/resolve/{COMMIT}/figures/deep")
+    assert list(found.files) == ["benchmark 1.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hf://org/none", "the Hub has no such repository"),
+        ("hf://org/tiny@none", "the Hub has no such revision"),
+        ("hf://tiny", "is no repository"),
+        ("hf://", "is no repository"),
+        ("hf://org/-bad-", "is no name that a repository can have"),
+    ],
+)
+def test_no_such_repository(hub_server: FileServer, program: Program, name: str, says: str) -> None:
+    result = program("manifests", "show", name)
+    assert (result.code, result.out, result.err.count("\n")) == (10, "", 1)
+    assert says in result.err
+
+
+def test_the_hub_cannot_be_asked(hub_server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_server.instead = lambda asked, right: Answer(500)
+    with pytest.raises(RemoteError, match="hf://org/tiny: the Hub cannot be asked"):
+        manifests.open("hf://org/tiny")
+
+
+def test_offline_a_download_is_used(
+    hub_server: FileServer, monkeypatch: pytest.MonkeyPatch, v3_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceNotFoundError, match="HF_HUB_OFFLINE is set, and it was not downloaded before"):
+        manifests.open("hf://org/tiny")
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text(COMMIT)
+    snapshot.symlink_to(v3_folder)
+    assert manifests.open("hf://org/tiny").manifest == manifests.open(v3_folder).manifest
+    assert not hub_server.asked
+
+
+def test_without_the_hubs_package(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    result = program("manifests", "show", "hf://org/tiny")
+    assert result.code == 1
+    assert "pip install expert-reshard[hub]" in result.err
