@@ -3,41 +3,56 @@
 Sizes and headers are looked at, payloads are not: that takes seconds where `reshard verify` reads every byte.
 """
 
-import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from manifests.checkpoint import Checkpoint
 from manifests.digest import sha256_hex
-from manifests.errors import Problem, ToolkitError
-from manifests.safety import resolve_inside
-from manifests.schema import FileEntry
+from manifests.errors import Problem, RemoteError, ToolkitError
+from manifests.folder import Folder
 
 
-def check_files(checkpoint: Checkpoint) -> list[Problem]:
-    """All problems of the files that the manifest names; empty when they are as described."""
-    problems = []
-    for file in checkpoint.manifest.files:
-        problems += _check_one(checkpoint, file.path, file.size) or _check_header(checkpoint, file)
-    for document in checkpoint.manifest.documents:
-        problems += _check_one(checkpoint, document.path, document.size)
+def check_files(checkpoint: Checkpoint, watch: Callable[[int, int], None] | None = None) -> list[Problem]:
+    """All problems of the files that the manifest names; empty when they are as described.
+
+    Args:
+        checkpoint: What to look at.
+        watch: Is told how many of how many files were looked at.
+
+    Raises:
+        RemoteError: A server cannot be reached, or does not do what is asked.
+    """
+    files = [
+        # A compressed file has no header that could be looked at.
+        (file.path, file.size, file.header_size, file.header_sha256 if file.codec == "none" else None)
+        for file in checkpoint.manifest.files
+    ] + [(document.path, document.size, 0, None) for document in checkpoint.manifest.documents]
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(max_workers=checkpoint.folder.at_once) as pool:
+        try:
+            for number, found in enumerate(pool.map(partial(_check, checkpoint.folder), files), start=1):
+                problems += found
+                if watch is not None:
+                    watch(number, len(files))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return problems
 
 
-def _check_one(checkpoint: Checkpoint, path: str, size: int) -> list[Problem]:
+def _check(folder: Folder, described: tuple[str, int, int, str | None]) -> list[Problem]:
+    path, size, header_size, header_sha256 = described
     try:
-        found = os.stat(resolve_inside(checkpoint.root, path)).st_size
+        raw, found = folder.begin(path, header_size if header_sha256 is not None else 1)
+    except RemoteError:
+        raise  # nothing is known of the file
     except ToolkitError as error:
-        return [Problem(loc=path, kind="missing_file", message=str(error).removeprefix(f"{checkpoint.root / path}: "))]
+        message = str(error).removeprefix(f"{folder.where(path)}: ")
+        return [Problem(loc=path, kind="missing_file", message=message)]
     if found != size:
         return [Problem(loc=path, kind="invalid_file", message=f"has {found} bytes, the manifest says {size}")]
-    return []
-
-
-def _check_header(checkpoint: Checkpoint, file: FileEntry) -> list[Problem]:
     # The header's bytes are compared by digest: a header of other form, order or padding is another header.
-    if file.header_sha256 is None or file.codec != "none":
-        return []
-    with resolve_inside(checkpoint.root, file.path).open("rb") as opened:
-        raw = opened.read(file.header_size)
-    if sha256_hex(raw) != file.header_sha256:
-        return [Problem(loc=file.path, kind="invalid_file", message="its header is not the one the manifest describes")]
+    if header_sha256 is not None and sha256_hex(raw) != header_sha256:
+        return [Problem(loc=path, kind="invalid_file", message="its header is not the one the manifest describes")]
     return []

@@ -3,6 +3,7 @@
 A folder on a server answers the same questions (`manifests.remote`). Knows names and bytes, not what they mean.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,13 @@ Cut = Callable[[int, int], memoryview]
 
 
 class Folder(Protocol):
-    """A folder with the files of a checkpoint; as text it is its own name for messages."""
+    """A folder with the files of a checkpoint; as text it is its own name for messages.
+
+    Attributes:
+        at_once: Questions that are best asked at the same time.
+    """
+
+    at_once: int
 
     def where(self, name: str) -> str:
         """A file's full name for messages."""
@@ -30,6 +37,13 @@ class Folder(Protocol):
 
         Raises:
             ManifestError: It is larger than max_bytes, or its name leaves the folder.
+        """
+
+    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+        """The first bytes of a file, at most so many, and the bytes of all of it.
+
+        Raises:
+            SourceNotFoundError: There is none.
         """
 
     def require(self, name: str) -> None:
@@ -50,6 +64,8 @@ class LocalFolder:
     Attributes:
         root: Its path.
     """
+
+    at_once = 1
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -77,6 +93,11 @@ class LocalFolder:
         if len(raw) > max_bytes:
             raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
         return raw
+
+    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+        """See `Folder`."""
+        with resolve_inside(self.root, name).open("rb") as file:
+            return file.read(size), os.fstat(file.fileno()).st_size
 
     def path(self, name: str) -> Path:
         """The path of a file that is there.

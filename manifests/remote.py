@@ -24,7 +24,7 @@ from manifests.storage import MAX_MANIFEST_BYTES, decode
 FIRST_BYTES = 256 << 10
 """Asked for at first: DeepSeek-V3's headers, of about 600 tensors each, are shorter, so one request is all."""
 
-HEADERS_AT_ONCE = 16
+REQUESTS_AT_ONCE = 16
 SINGLE_NAME = f"model{SUFFIX}"
 """The file of a checkpoint without an index, as its writers call it."""
 
@@ -46,6 +46,8 @@ class RemoteFolder:
         url: As given.
         files: As given; None where nobody knows.
     """
+
+    at_once = REQUESTS_AT_ONCE
 
     def __init__(
         self, web: Web, url: str, *, name: str | None = None, files: Mapping[str, hub.Listed] | None = None
@@ -93,6 +95,11 @@ class RemoteFolder:
         check_relative(name, what=str(self))
         found = self.web.read(urls.join(self.url, name), max_bytes=max_bytes)
         return None if found is None else found.content
+
+    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+        """See `manifests.folder.Folder`."""
+        file = self.file(name)
+        return file.begin(size), file.facts.size
 
     def require(self, name: str) -> None:
         """See `manifests.folder.Folder`; nothing is asked, the file's own bytes will tell."""
@@ -172,7 +179,7 @@ def read_headers(folder: RemoteFolder, names: Sequence[str], watch: Watch | None
         See `open_remote`.
     """
     found: dict[str, Header] = {}
-    with ThreadPoolExecutor(max_workers=HEADERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(max_workers=REQUESTS_AT_ONCE) as pool:
         headers = pool.map(lambda name: read_header(folder.file(name)), names)
         try:
             for name, header in zip(names, headers, strict=True):

@@ -209,10 +209,32 @@ def test_a_server_without_ranges(server: FileServer, program: Program) -> None:
     assert program("manifests", "ls", f"{server.url}/ours").code == 0
 
 
-def test_what_needs_files_here_says_so(server: FileServer, program: Program) -> None:
-    result = program("manifests", "check", f"{server.url}/ours")
-    assert (result.code, result.out) == (10, "")
-    assert "is not on this machine" in result.err
+def test_what_needs_files_here_says_so(server: FileServer) -> None:
+    checkpoint = manifests.open(f"{server.url}/ours")
+    for needs in (lambda: checkpoint.root, lambda: checkpoint.path("manifest.json")):
+        with pytest.raises(SourceNotFoundError, match=r"/ours: is not on this machine, and this needs its files"):
+            needs()
+
+
+def test_files_are_checked(server: FileServer, program: Program) -> None:
+    url = f"{server.url}/ours"
+    result = program("manifests", "check", url)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith(" files, sizes and headers are right\n")
+    gone, short, other = [name for name in sorted(server.files) if name.startswith("/ours/layers/")][:3]
+    del server.files[gone]
+    server.files[short] = server.files[short][:-1]
+    server.files[other] = server.files[other].replace(b"F32", b"I32", 1).replace(b"BF16", b"FP16", 1)
+    result = program("manifests", "check", url)
+    assert result.code == 13
+    assert [line.partition(": ")[0] for line in result.out.splitlines()] == [
+        name.removeprefix("/ours/") for name in (gone, short, other)
+    ]
+    assert [line.partition(": ")[2].split(",")[0] for line in result.out.splitlines()] == [
+        "the server has no such file",
+        f"has {len(server.files[short])} bytes",
+        "its header is not the one the manifest describes",
+    ]
 
 
 def test_a_password_in_an_address(server: FileServer, program: Program) -> None:
