@@ -21,7 +21,7 @@ from manifests.schema import ModelFacts
 from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, in_place, parse_weight_map, source_order
 from manifests.storage import MAX_MANIFEST_BYTES, decode
 
-FIRST_BYTES = 256 << 10
+FIRST_BYTES = 96 << 10
 """Asked for at first: DeepSeek-V3's headers, of about 600 tensors each, are shorter, so one request is all."""
 
 REQUESTS_AT_ONCE = 16

@@ -41,6 +41,7 @@ from manifests import inventory
 from manifests.check import check_files
 from manifests.cli import manifests as program
 from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.folder import LocalFolder
 from manifests.gguf import GgufHeader, parse_gguf, read_gguf
 from manifests.header import parse_header, read_header
 from manifests.json_schema import json_schema
@@ -287,8 +288,8 @@ class Targets:
         path = self._scratch / "config" / "config.json"
         path.write_bytes(given.data)
         with self._only_reading(path.parent):
-            config = inventory.read_config(path.parent)
-            facts = inventory.model_facts(config)
+            config = read_config(LocalFolder(path.parent))
+            facts = model_facts(config)
         for value in (facts.num_hidden_layers, facts.n_routed_experts, facts.num_experts_per_tok):
             assert value is None or (type(value) is int and 0 <= value <= 2**62)
         ModelConfig.from_dict(config)

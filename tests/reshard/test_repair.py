@@ -253,11 +253,11 @@ def test_one_shard_gives_what_it_has(resharded_copy: Path, v3_folder: Path, v3_r
     assert shards[0] is not None
     assert shards[1] is not None
     with pytest.raises(UnrepairedError) as caught:
-        mend(resharded_copy, shards[0].path)
+        mend(resharded_copy, Path(shards[0].place))
     assert [done.path for done in caught.value.repaired] == [EXPERT]
     assert len(caught.value.failures) == 1
     assert f"has no tensor {second.name!r}; it came from {shards[1].file}" in caught.value.failures[0]
-    assert [done.path for done in mend(resharded_copy, shards[1].path)] == [DENSE]
+    assert [done.path for done in mend(resharded_copy, Path(shards[1].place))] == [DENSE]
     assert tree(resharded_copy) == tree(v3_resharded)
 
 
