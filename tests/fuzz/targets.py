@@ -40,7 +40,9 @@ from promises import (
 from manifests import inventory
 from manifests.check import check_files
 from manifests.cli import manifests as program
+from manifests.config import model_facts, read_config
 from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.folder import LocalFolder
 from manifests.folder import LocalFolder
 from manifests.gguf import GgufHeader, parse_gguf, read_gguf
 from manifests.header import parse_header, read_header
