@@ -43,7 +43,6 @@ from manifests.cli import manifests as program
 from manifests.config import model_facts, read_config
 from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.folder import LocalFolder
-from manifests.folder import LocalFolder
 from manifests.gguf import GgufHeader, parse_gguf, read_gguf
 from manifests.header import parse_header, read_header
 from manifests.json_schema import json_schema
