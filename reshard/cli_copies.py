@@ -176,7 +176,7 @@ def restore(
         return
     checkpoint = inventory.open(dst) if out is None else restoring.open_restored(dst, out)
     if consume and not is_confirmed:
-        confirm_consume(dst, yes=yes)
+        confirm_consume(f"the files of {printable(str(dst))}", yes=yes)
     total = sum(shard.size for shard in require_source(checkpoint).shards)
     label = "check" if out is None else "restore"
     with events.show_progress(total, label=label, quiet=quiet) as progress:
@@ -210,7 +210,7 @@ def _discard(dst: Path, out: Path, *, consume: bool, yes: bool) -> bool:
     if not discarding.check_discardable(dst, out):
         return False
     if consume:
-        confirm_consume(dst, yes=yes)
+        confirm_consume(f"the files of {printable(str(dst))}", yes=yes)
     discarding.discard(dst, out)
     return True
 
