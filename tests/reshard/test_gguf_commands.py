@@ -17,6 +17,7 @@ from tests.gguf_files import CONFIG, write_gguf
 from tests.gguf_tokenizers import TRAINING, add_tokenizer, train
 
 Program = Callable[..., Any]
+Tree = Callable[[Path], dict[str, str]]
 PlanOf = Callable[..., tuple[SourceCheckpoint, Plan]]
 
 
@@ -76,3 +77,37 @@ def test_consume_asks_for_the_files_that_were_named_alone(one: Path, split: list
 def test_a_source_has_the_path_that_was_named(one: Path) -> None:
     assert read_source(one).path == one
     assert read_source(one.parent).path == one.parent
+
+
+def test_verify_against_a_file_that_was_not_the_source(one: Path, program: Program, tmp_path: Path) -> None:
+    """The right one lies beside it, and would be compared in its place."""
+    out, other = tmp_path / "out", one.with_name("other.gguf")
+    assert program("reshard", "run", one, out).code == 0
+    assert program("reshard", "verify", out, "--against", one).code == 0
+    other.write_bytes(b"another")
+    for path in (other, one.with_name("absent.gguf")):
+        result = program("reshard", "verify", out, "--against", path)
+        assert (result.code, result.out) == (1, "")
+        assert f"{path}: is none of the files that {out} was made from; give its tiny.gguf, or the folder" in result.err
+    size = one.stat().st_size
+    one.unlink()
+    result = program("reshard", "verify", out, "--against", one)
+    assert (result.code, result.out) == (13, f"tiny.gguf: bytes 0-{size}: no such file\n")
+
+
+def test_repair_from_one_file_of_a_set(split: list[Path], program: Program, tmp_path: Path, tree: Tree) -> None:
+    out = tmp_path / "out"
+    assert program("reshard", "run", split[0], out).code == 0
+    whole = tree(out)
+    damaged = ["model/head.safetensors", "layers/0/dense.safetensors", "config.json", "source/headers/2.zst"]
+    for name in damaged:
+        (out / name).unlink()
+    result = program("reshard", "repair", out, "--from", split[1])
+    assert result.code == 0
+    assert tree(out) == whole
+    # What is left of a set is taken as far as it goes.
+    (out / "model/head.safetensors").unlink()
+    split[0].unlink()
+    result = program("reshard", "repair", out, "--from", split[-1])
+    assert result.code == 13
+    assert "has no tensor 'model.norm.weight'; it came from tiny-0000" in result.err
