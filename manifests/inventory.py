@@ -373,7 +373,9 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
     if weight_map is None:
         names = sorted(entry.name for entry in root.iterdir() if entry.suffix == SUFFIX and entry.is_file())
         if not names:
-            raise SourceNotFoundError(f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} file here")
+            raise SourceNotFoundError(
+                f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} or {gguf_files.SUFFIX} file here"
+            )
         if len(names) > 1:
             raise SourceNotFoundError(
                 f"{root}: {len(names)} {SUFFIX} files but no {INDEX_NAME}; download the index, or name one file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import manifests
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.gguf_names import Stack, to_hugging_face
 from manifests.names import Role, parse_name
 from tests.fuzz.gguf_bytes import ARRAY, I32, STRING, U16, U32, header, place
@@ -160,7 +161,7 @@ def test_files_that_are_not_one_model(tmp_path: Path) -> None:
     (tmp_path / "a-00003-of-00002.gguf").unlink()
     two.unlink()
     one.rename(tmp_path / "renamed.gguf")
-    with pytest.raises(ManifestError, match=r"has split\.count 2, which must be 1"):
+    with pytest.raises(ManifestError, match=r"is file 1 of 2 of a split model; give .* NAME-00001-of-00002\.gguf"):
         manifests.open(tmp_path)
 
 
@@ -221,6 +222,20 @@ def test_the_parts_of_a_split_must_agree(keys: list[Any], says: str | None, tmp_
     with pytest.raises(ManifestError) as caught:
         manifests.open(tmp_path)
     assert says in str(caught.value)
+
+
+def test_what_is_refused_of_the_metadata_says_in_which_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    keys = [*ARCH, ("deepseek2.expert_count", STRING, "many"), ("tokenizer.ggml.model", STRING, "llama")]
+    put(path, keys, ("output.weight", [8], 0))
+    checkpoint = manifests.open(path)
+    with pytest.raises(ManifestError, match=rf"^{re.escape(str(path))}: the GGUF metadata has deepseek2\.expert_count"):
+        _ = checkpoint.config
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"^{re.escape(str(path))}: the GGUF metadata has tokenizer\.ggml"
+        ):
+            checkpoint.auxiliary.read(name, max_bytes=1000)
 
 
 def test_names_are_there_once_in_the_whole_set(tmp_path: Path) -> None:
