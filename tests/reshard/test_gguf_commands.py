@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from reshard.forecast import needed_inodes
 from reshard.plan import Plan
 from reshard.run import needed_bytes
 from reshard.source import SourceCheckpoint, read_source
-from tests.gguf_files import CONFIG, write_gguf
+from tests.gguf_files import CONFIG, stored_bytes, write_gguf
 from tests.gguf_tokenizers import TRAINING, add_tokenizer, train
 
 Program = Callable[..., Any]
@@ -111,3 +112,40 @@ def test_repair_from_one_file_of_a_set(split: list[Path], program: Program, tmp_
     result = program("reshard", "repair", out, "--from", split[-1])
     assert result.code == 13
     assert "has no tensor 'model.norm.weight'; it came from tiny-0000" in result.err
+
+
+def test_diff_sees_what_the_metadata_says(program: Program, tmp_path: Path) -> None:
+    """The same tensors with another scale of the experts are another model."""
+    for name, change in (("a", None), ("b", {"expert_weights_scale": 1.0}), ("c", None)):
+        write_gguf(tmp_path / f"{name}.gguf", change=change)
+        assert program("reshard", "run", tmp_path / f"{name}.gguf", tmp_path / name).code == 0
+    assert program("manifests", "diff", tmp_path / "a", tmp_path / "c").code == 0
+    result = program("manifests", "diff", tmp_path / "a", tmp_path / "b")
+    assert result.code == 1
+    assert result.out.startswith("document config.json: ")
+
+
+def test_diff_says_that_types_differ_before_the_bytes_of_rows(program: Program, tmp_path: Path) -> None:
+    def smaller(name: str, shape: tuple[int, ...], kind: Any) -> Any:
+        kind = Type.Q8_0 if name == "output.weight" else kind
+        return kind, stored_bytes(name, shape, kind)
+
+    write_gguf(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", data=smaller)
+    result = program("manifests", "diff", tmp_path / "a.gguf", tmp_path / "b.gguf")
+    assert "tensor lm_head.weight: encoding Q6_K against Q8_0" in result.out
+
+
+def test_a_tokenizer_that_is_not_known_can_be_put_beside_the_file(program: Program, tmp_path: Path) -> None:
+    """What the remark advises is then done: the file's own would not be taken."""
+    path = tmp_path / "models" / "tiny.gguf"
+    path.parent.mkdir()
+    write_gguf(path, tokenizer=lambda writer: writer.add_tokenizer_model("llama"))
+    advice = "put the model's own tokenizer.json beside the file"
+    for source, said in ((path, f"{advice}, and name their folder)"), (path.parent, f"{advice})")):
+        remark = next(one for one in program("reshard", "plan", source, "--json").json["left_out"])
+        assert remark.startswith("the tokenizer (the GGUF metadata has tokenizer.ggml.model 'llama'")
+        assert remark.endswith(said)
+    (path.parent / "tokenizer.json").write_text("{}", encoding="utf-8")
+    plan = program("reshard", "plan", path.parent, "--json").json
+    assert (plan["auxiliary"], plan["left_out"]) == (["tokenizer.json"], [])
