@@ -32,6 +32,9 @@ MAX_EXPERTS = 10_000
 MAX_ENTRIES = 500_000
 """Tensors with every expert counted. Kimi-K2 has 70,000."""
 
+_MERGED = 0
+"""What llama.cpp writes for the count of files into the one that it makes of a set."""
+
 _PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
@@ -67,7 +70,7 @@ def read_file(path: Path) -> GgufModel:
     """
     header = read_gguf(path)
     count = header.metadata.get("split.count", 1)
-    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (0, 1))
+    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (_MERGED, 1))
 
 
 def set_names(name: str) -> list[str]:
@@ -107,6 +110,8 @@ def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header]
         for key, expected in facts.items():
             # A file that never was split has none of them.
             found = header.metadata.get(key, expected if len(parts) == 1 else None)
+            if key == "split.count" and len(parts) == 1 and found == _MERGED:
+                continue
             if type(found) is not int or found != expected:
                 raise ManifestError(
                     f"{folder / name}: has {key} {found!r:.40}, which must be {expected} for these files; they are not "

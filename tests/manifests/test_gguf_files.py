@@ -15,6 +15,7 @@ import pytest
 
 import manifests
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.gguf_files import parse_saved, read_file, with_gaps
 from manifests.gguf_names import Stack, to_hugging_face
 from manifests.names import Role, parse_name
 from tests.fuzz.gguf_bytes import ARRAY, I32, STRING, U16, U32, header, place
@@ -222,6 +223,31 @@ def test_the_parts_of_a_split_must_agree(keys: list[Any], says: str | None, tmp_
     with pytest.raises(ManifestError) as caught:
         manifests.open(tmp_path)
     assert says in str(caught.value)
+
+
+def test_what_was_split_and_merged_again_is_whole(tmp_path: Path) -> None:
+    """As llama-gguf-split leaves it: the keys of the first file, with a count of no files."""
+    path = tmp_path / "x.gguf"
+    put(path, ARCH + split_keys(0, 0, 1), ("output.weight", [8], 0))
+    for named in (path, tmp_path):
+        checkpoint = manifests.open(named)
+        assert [location.name for location in checkpoint.tensors()] == ["lm_head.weight"]
+        assert checkpoint.config["model_type"] == "deepseek_v2"
+    path.rename(tmp_path / "x-00001-of-00001.gguf")
+    assert manifests.open(tmp_path).config
+    put(tmp_path / "x-00001-of-00001.gguf", ARCH + split_keys(0, 0, 2), ("output.weight", [8], 0))
+    with pytest.raises(ManifestError, match=r"has split\.tensors\.count 2, which must be 1"):
+        manifests.open(tmp_path)
+
+
+def test_a_saved_header_with_bytes_of_nothing_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "x.gguf", ARCH, ("output.weight", [7], 0), ("output_norm.weight", [7], 0))
+    (found,) = read_file(tmp_path / "x.gguf").shards.values()
+    whole = with_gaps(tmp_path / "x.gguf", found)
+    assert parse_saved({"x.gguf": (whole.rest, whole.file_bytes)}) == {"x.gguf": whole}
+    size = len(whole.rest)
+    with pytest.raises(ManifestError, match=f"has {size + 1} bytes, its file has {size} beside tensors"):
+        parse_saved({"x.gguf": (whole.rest + b"x", whole.file_bytes)})
 
 
 def test_what_is_refused_of_the_metadata_says_in_which_file(tmp_path: Path) -> None:

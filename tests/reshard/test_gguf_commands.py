@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+import manifests
 from reshard.forecast import needed_inodes
 from reshard.plan import Plan
 from reshard.run import needed_bytes
@@ -149,3 +150,16 @@ def test_a_tokenizer_that_is_not_known_can_be_put_beside_the_file(program: Progr
     (path.parent / "tokenizer.json").write_text("{}", encoding="utf-8")
     plan = program("reshard", "plan", path.parent, "--json").json
     assert (plan["auxiliary"], plan["left_out"]) == (["tokenizer.json"], [])
+
+
+def test_a_tokenizer_of_the_folder_is_taken_in_place_of_the_files_own(
+    one: Path, program: Program, tmp_path: Path
+) -> None:
+    (one.parent / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert program("reshard", "run", one.parent, tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8") == "{}"
+    roles = {document.path: document.role for document in manifests.load(tmp_path / "out").documents}
+    assert (roles["tokenizer.json"], roles["tokenizer_config.json"]) == ("auxiliary", "generated")
+    # Of a file that was named nothing beside it is taken.
+    assert program("reshard", "run", one, tmp_path / "named").code == 0
+    assert (tmp_path / "named" / "tokenizer.json").stat().st_size > 2
