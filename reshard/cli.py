@@ -49,7 +49,8 @@ def reshard() -> None:
       reshard run     DeepSeek-V3 DeepSeek-V3-experts
       reshard restore DeepSeek-V3-experts --check
 
-    Tensor bytes never change. SRC is a folder with shards and config.json as published.
+    Tensor bytes never change. SRC is a folder with shards and config.json as published, or a
+    GGUF file.
     """
 
 
