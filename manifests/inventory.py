@@ -18,10 +18,11 @@ from manifests.auxiliary import Auxiliary
 from manifests.errors import IncompleteError, ManifestError, Problem, SourceNotFoundError, UnsupportedModelError
 from manifests.ggml import BLOCK_TYPES
 from manifests.header import MAX_FILE_BYTES, Header, read_header
+from manifests.in_place import describe_in_place
 from manifests.jsontext import read_json
 from manifests.mapping import map_file
 from manifests.names import expert_prefix, find_missing_scales, parse_name
-from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, Kind
+from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import NOT_FOUND, check_relative, resolve_inside
 from manifests.schema import PLAIN, FileEntry, Manifest, ModelFacts, TensorEntry
 from manifests.storage import load
@@ -297,7 +298,7 @@ def open(path: str | Path) -> Checkpoint:
             return _open_gguf(path.parent, gguf_files.read_file(path))
         if path.suffix != SUFFIX:
             raise SourceNotFoundError(f"{path}: not a {SUFFIX} or {gguf_files.SUFFIX} file and not a folder")
-        return Checkpoint(path.parent, _in_place({path.name: read_header(path)}, ModelFacts()))
+        return Checkpoint(path.parent, describe_in_place({path.name: read_header(path)}, ModelFacts()))
     if not path.is_dir():
         raise SourceNotFoundError(f"{path}: no such file or folder")
     if (path / MANIFEST_NAME).exists():
@@ -306,7 +307,19 @@ def open(path: str | Path) -> Checkpoint:
     if names := find_gguf(path):
         return _open_gguf(path, gguf_files.read_folder(path, names))
     shards = read_shards(path)
-    return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
+    return Checkpoint(path, describe_in_place(shards, model_facts(read_config(path))))
+
+
+def open_set(path: Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for its whole set, where all of that is there.
+
+    Raises:
+        SourceNotFoundError, IncompleteError, ManifestError: See `open`.
+    """
+    names = gguf_files.set_names(path.name)
+    if len(names) > 1 and all((path.parent / name).is_file() for name in names):
+        return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))
+    return open(path)
 
 
 def find_gguf(folder: Path) -> list[str]:
@@ -323,7 +336,7 @@ def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
         # Said to whoever asks for the config; what tensors there are can be told without it.
         facts = model_facts({"model_type": model.architecture})
     auxiliary = Auxiliary(root, model.auxiliary, derived_from=len(next(iter(model.shards.values())).raw))
-    return Checkpoint(root, _in_place(model.shards, facts), model.config, auxiliary)
+    return Checkpoint(root, describe_in_place(model.shards, facts), model.config, auxiliary)
 
 
 def check_finished(folder: Path) -> None:
@@ -360,7 +373,9 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
     if weight_map is None:
         names = sorted(entry.name for entry in root.iterdir() if entry.suffix == SUFFIX and entry.is_file())
         if not names:
-            raise SourceNotFoundError(f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} file here")
+            raise SourceNotFoundError(
+                f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} or {gguf_files.SUFFIX} file here"
+            )
         if len(names) > 1:
             raise SourceNotFoundError(
                 f"{root}: {len(names)} {SUFFIX} files but no {INDEX_NAME}; download the index, or name one file"
@@ -416,41 +431,6 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         num_hidden_layers=count("num_hidden_layers"),
         n_routed_experts=count("n_routed_experts"),
         num_experts_per_tok=count("num_experts_per_tok"),
-    )
-
-
-def _in_place(shards: Mapping[str, Header], facts: ModelFacts) -> Manifest:
-    return Manifest(
-        layout="in_place",
-        model=facts,
-        files=tuple(_describe_shard(name, header) for name, header in shards.items()),
-    )
-
-
-def _describe_shard(name: str, header: Header) -> FileEntry:
-    start = len(header.raw)
-    return FileEntry(
-        path=name,
-        kind=Kind.SHARD,
-        size=header.file_bytes,
-        unpacked_size=header.file_bytes,
-        header_size=start,
-        header_sha256=None,
-        digest=None,
-        tensors=tuple(
-            TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                offset=start + tensor.begin,
-                size=tensor.end - tensor.begin,
-                digest=None,
-                encoding=tensor.encoding,
-                logical_shape=tensor.logical_shape or tensor.shape,
-                source_name=tensor.source_name or tensor.name,
-            )
-            for tensor in header.tensors
-        ),
     )
 
 
