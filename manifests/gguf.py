@@ -49,6 +49,7 @@ _LEAST_TENSOR_BYTES = 8 + 4 + 4 + 8
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """struct's letter for the types of metadata that have a fixed size."""
+_CUT = "it is truncated or damaged, download it again"
 _ALIGNMENT_KEY = "general.alignment"
 _ALIGNMENT_TYPE = 4
 
@@ -232,7 +233,7 @@ class _Cursor:
         # The least that an element takes: a string its length, an array its type and length.
         least = {_STRING: 8, _ARRAY: 12}.get(kind) or struct.calcsize(_NUMBERS.get(kind, "B"))
         if count > self.left // least:
-            raise self.fault(f"{place} is an array of {count} elements, for which the header has no room")
+            raise self.fault(f"{place} is an array of {count} elements, for which the header has no room; {_CUT}")
         self._elements_left -= count
         if self._elements_left < 0:
             raise self.fault(f"{place} and the arrays before it have more than {MAX_ELEMENTS} elements; no model has")
@@ -256,7 +257,9 @@ def _parse(read: Callable[[int], bytes], *, file_bytes: int, what: str) -> GgufH
     tensor_count = cursor.number("Q", "the count of tensors")
     pair_count = cursor.number("Q", "the count of metadata")
     if tensor_count * _LEAST_TENSOR_BYTES + pair_count * _LEAST_PAIR_BYTES > cursor.left:
-        raise cursor.fault(f"says {tensor_count} tensors and {pair_count} metadata pairs, for which it is too short")
+        raise cursor.fault(
+            f"says {tensor_count} tensors and {pair_count} metadata pairs, for which it is too short; {_CUT}"
+        )
     if tensor_count > MAX_TENSORS or pair_count > MAX_PAIRS:
         raise cursor.fault(
             f"says {tensor_count} tensors and {pair_count} metadata pairs; no model has over {MAX_TENSORS}"

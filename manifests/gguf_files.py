@@ -9,12 +9,13 @@ This file knows headers; it reads no tensor.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.ggml import BlockType
 from manifests.gguf import GgufHeader, GgufTensor, parse_gguf, read_gguf
 from manifests.gguf_config import ARCHITECTURE_KEY, hugging_face_config
@@ -30,6 +31,9 @@ MAX_EXPERTS = 10_000
 """Numbers in names have at most four digits; see `manifests.names`."""
 MAX_ENTRIES = 500_000
 """Tensors with every expert counted. Kimi-K2 has 70,000."""
+
+_MERGED = 0
+"""What llama.cpp writes for the count of files into the one that it makes of a set."""
 
 _PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
@@ -66,7 +70,7 @@ def read_file(path: Path) -> GgufModel:
     """
     header = read_gguf(path)
     count = header.metadata.get("split.count", 1)
-    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (0, 1))
+    return _describe({path.name: header}, path.parent, what=str(path), is_whole=count in (_MERGED, 1))
 
 
 def set_names(name: str) -> list[str]:
@@ -100,16 +104,30 @@ def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header]
     headers = {name: read(name) for name in parts}
     tensors = sum(len(header.tensors) for header in headers.values())
     for number, (name, header) in enumerate(headers.items()):
+        if len(parts) == 1:
+            _require_whole(folder / name, header)
         facts = {"split.no": number, "split.count": len(parts), "split.tensors.count": tensors}
         for key, expected in facts.items():
             # A file that never was split has none of them.
             found = header.metadata.get(key, expected if len(parts) == 1 else None)
+            if key == "split.count" and len(parts) == 1 and found == _MERGED:
+                continue
             if type(found) is not int or found != expected:
                 raise ManifestError(
                     f"{folder / name}: has {key} {found!r:.40}, which must be {expected} for these files; they are not "
                     "one split set, download them again"
                 )
     return _describe(headers, folder, what=str(folder), is_whole=True)
+
+
+def _require_whole(path: Path, header: GgufHeader) -> None:
+    """Refuse a file of a set by another name, of which nobody can tell where the others are."""
+    number, count = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+    if type(number) is type(count) is int and number < count > 1:
+        raise ManifestError(
+            f"{path}: is file {number + 1} of {count} of a split model; give all of them the names that they had, "
+            f"such as NAME-{number + 1:05d}-of-{count:05d}{SUFFIX}"
+        )
 
 
 def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
@@ -124,7 +142,7 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
         if missing:
             raise SourceNotFoundError(
                 f"{folder}: {len(missing)} of {count} files of a split model are missing, first {missing[0]}; download "
-                "them, or name one file"
+                "them, or give them back their names"
             )
         if len(present) == count:
             return expected
@@ -144,7 +162,8 @@ def _describe(headers: Mapping[str, GgufHeader], folder: Path, *, what: str, is_
         return GgufModel(shards=shards, architecture=None, config=dict, auxiliary={})
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     config = partial(
-        hugging_face_config,
+        _read_config,
+        folder / first,
         # Not the vocabulary, which would stay in memory for as long as the checkpoint is open.
         {
             key: value
@@ -162,9 +181,25 @@ def _describe(headers: Mapping[str, GgufHeader], folder: Path, *, what: str, is_
     )
 
 
+def _read_config(path: Path, metadata: Mapping[str, Any], **tensors: bool) -> Mapping[str, Any]:
+    with _named(path):
+        return hugging_face_config(metadata, **tensors)
+
+
 def _read_tokenizer(folder: Path, first: str, name: str) -> bytes | None:
     # The header is read again, so that the vocabulary is in memory only while it is asked for.
-    return tokenizer_documents(read_gguf(resolve_inside(folder, first)).metadata).get(name)
+    metadata = read_gguf(resolve_inside(folder, first)).metadata
+    with _named(folder / first):
+        return tokenizer_documents(metadata).get(name)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say of what is refused which file has it."""
+    try:
+        yield
+    except (ManifestError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _translated(headers: Mapping[str, GgufHeader], what: str) -> dict[str, Header]:

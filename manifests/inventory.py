@@ -16,10 +16,11 @@ from manifests.config import model_facts, read_config
 from manifests.errors import IncompleteError, ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.folder import LocalFolder
 from manifests.header import Header, read_header
+from manifests.in_place import describe_in_place
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import NOT_FOUND, resolve_inside
 from manifests.schema import ModelFacts
-from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, in_place, parse_weight_map, source_order
+from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
 from manifests.storage import load
 
 
@@ -51,7 +52,7 @@ def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
             return _open_gguf(path.parent, gguf_files.read_file(path))
         if path.suffix != SUFFIX:
             raise SourceNotFoundError(f"{path}: not a {SUFFIX} or {gguf_files.SUFFIX} file and not a folder")
-        return Checkpoint(LocalFolder(path.parent), in_place({path.name: read_header(path)}, ModelFacts()))
+        return Checkpoint(LocalFolder(path.parent), describe_in_place({path.name: read_header(path)}, ModelFacts()))
     if not path.is_dir():
         raise SourceNotFoundError(f"{path}: no such file or folder")
     if (path / MANIFEST_NAME).exists():
@@ -60,7 +61,19 @@ def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
     if names := find_gguf(path):
         return _open_gguf(path, gguf_files.read_folder(path, names))
     folder = LocalFolder(path)
-    return Checkpoint(folder, in_place(read_shards(path), model_facts(read_config(folder))))
+    return Checkpoint(folder, describe_in_place(read_shards(path), model_facts(read_config(folder))))
+
+
+def open_set(path: Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for its whole set, where all of that is there.
+
+    Raises:
+        SourceNotFoundError, IncompleteError, ManifestError: See `open`.
+    """
+    names = gguf_files.set_names(path.name)
+    if len(names) > 1 and all((path.parent / name).is_file() for name in names):
+        return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))
+    return open(path)
 
 
 def find_gguf(folder: Path) -> list[str]:
@@ -78,7 +91,7 @@ def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
         facts = model_facts({"model_type": model.architecture})
     folder = LocalFolder(root)
     auxiliary = Auxiliary(folder, model.auxiliary, derived_from=len(next(iter(model.shards.values())).raw))
-    return Checkpoint(folder, in_place(model.shards, facts), model.config, auxiliary)
+    return Checkpoint(folder, describe_in_place(model.shards, facts), model.config, auxiliary)
 
 
 def check_finished(folder: Path) -> None:
@@ -114,7 +127,9 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
     if raw is None:
         names = sorted(entry.name for entry in root.iterdir() if entry.suffix == SUFFIX and entry.is_file())
         if not names:
-            raise SourceNotFoundError(f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} file here")
+            raise SourceNotFoundError(
+                f"{root}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SUFFIX} or {gguf_files.SUFFIX} file here"
+            )
         if len(names) > 1:
             raise SourceNotFoundError(
                 f"{root}: {len(names)} {SUFFIX} files but no {INDEX_NAME}; download the index, or name one file"

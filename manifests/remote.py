@@ -15,10 +15,11 @@ from manifests.errors import SourceNotFoundError
 from manifests.folder import Cut
 from manifests.header import LENGTH_BYTES, Header, header_bytes, parse_header
 from manifests.http import RemoteFile, Web
+from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
 from manifests.safety import check_relative
 from manifests.schema import ModelFacts
-from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, in_place, parse_weight_map, source_order
+from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
 from manifests.storage import MAX_MANIFEST_BYTES, decode
 
 FIRST_BYTES = 96 << 10
@@ -128,11 +129,11 @@ def open_remote(text: str, watch: Watch | None = None) -> Checkpoint:
     if folder.url.endswith(SUFFIX):
         name = urls.last_part(folder.url)
         folder = RemoteFolder(folder.web, urls.parent(folder.url))
-        return Checkpoint(folder, in_place(read_headers(folder, [name], watch), ModelFacts()))
+        return Checkpoint(folder, describe_in_place(read_headers(folder, [name], watch), ModelFacts()))
     raw = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     if raw is not None:
         return Checkpoint(folder, decode(raw, what=folder.where(MANIFEST_NAME)))
-    return Checkpoint(folder, in_place(read_shards(folder, watch), model_facts(read_config(folder))))
+    return Checkpoint(folder, describe_in_place(read_shards(folder, watch), model_facts(read_config(folder))))
 
 
 def find_folder(text: str) -> RemoteFolder:

@@ -79,4 +79,6 @@ def resolve_inside(root: Path, relative: str) -> Path:
 
 
 def _hub_blobs(root: Path) -> Path | None:
-    return root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    # Each quantisation of a GGUF repository is often in a folder of its own within the snapshot.
+    snapshot = next((folder for folder in (root, *root.parents) if folder.parent.name == "snapshots"), None)
+    return None if snapshot is None else snapshot.parent.parent / "blobs"

@@ -1,4 +1,4 @@
-"""The original shards of a checkpoint: their index, their order, and a manifest of them as they are.
+"""The original shards of a checkpoint: their index and their order.
 
 Knows headers and the index as data; reads nothing, so it does not matter where the shards lie.
 """
@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping
 from manifests.errors import ManifestError, Problem
 from manifests.header import Header
 from manifests.jsontext import parse_json
-from manifests.paths import Kind
 from manifests.safety import check_relative
-from manifests.schema import FileEntry, Manifest, ModelFacts, TensorEntry
 
 SUFFIX = ".safetensors"
 MAX_INDEX_BYTES = 100_000_000
@@ -39,42 +37,6 @@ def parse_weight_map(raw: bytes, *, what: str) -> dict[str, str]:
 def source_order(names: Iterable[str]) -> list[str]:
     """The numeric order of names: Kimi-K2's ``model-2-of-61`` stands before ``model-10-of-61``."""
     return sorted(set(names), key=_numeric_order)
-
-
-def in_place(shards: Mapping[str, Header], facts: ModelFacts) -> Manifest:
-    """The manifest of original files, made from their headers, which are given in source order."""
-    return Manifest(
-        layout="in_place",
-        model=facts,
-        files=tuple(_describe_shard(name, header) for name, header in shards.items()),
-    )
-
-
-def _describe_shard(name: str, header: Header) -> FileEntry:
-    start = len(header.raw)
-    return FileEntry(
-        path=name,
-        kind=Kind.SHARD,
-        size=header.file_bytes,
-        unpacked_size=header.file_bytes,
-        header_size=start,
-        header_sha256=None,
-        digest=None,
-        tensors=tuple(
-            TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                offset=start + tensor.begin,
-                size=tensor.end - tensor.begin,
-                digest=None,
-                encoding=tensor.encoding,
-                logical_shape=tensor.logical_shape or tensor.shape,
-                source_name=tensor.source_name or tensor.name,
-            )
-            for tensor in header.tensors
-        ),
-    )
 
 
 def check_index(where: str, weight_map: Mapping[str, str], shards: Mapping[str, Header]) -> None:

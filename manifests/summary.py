@@ -210,8 +210,9 @@ def _tensors_of(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {
         tensor.name: {
             "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
+            # Before the shape, which is in bytes where it is not plain.
             "encoding": tensor.encoding,
+            "shape": list(tensor.shape),
             "digest": tensor.digest,
         }
         for file in manifest.files
@@ -220,9 +221,12 @@ def _tensors_of(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _documents_of(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    # Our own index follows from the tensors, and source headers from the source: only what people wrote is compared.
+    # Our own index follows from the tensors, and source headers from the source: what people wrote is compared, in
+    # files or in the metadata of a GGUF file.
     return {
-        document.path: {"digest": document.sha256} for document in manifest.documents if document.role == "auxiliary"
+        document.path: {"digest": document.sha256}
+        for document in manifest.documents
+        if document.role in ("auxiliary", "generated")
     }
 
 

@@ -49,7 +49,8 @@ def reshard() -> None:
       reshard run     DeepSeek-V3 DeepSeek-V3-experts
       reshard restore DeepSeek-V3-experts --check
 
-    Tensor bytes never change. SRC is a folder with shards and config.json as published.
+    Tensor bytes never change. SRC is a folder with shards and config.json as published, or a
+    GGUF file.
     """
 
 
@@ -185,8 +186,16 @@ def _confirm(source: SourceCheckpoint, planned: Plan, *, consume: bool, yes: boo
     """Whether it may begin; refuses what cannot be consumed, and asks."""
     if consume:
         check_consume(source, planned)
-        confirm_consume(source.root, yes=yes)
+        confirm_consume(_shards_of(source), yes=yes)
     return True
+
+
+def _shards_of(source: SourceCheckpoint) -> str:
+    """What --consume frees of a source: of a folder in which one GGUF file was named, no other file."""
+    path, others = printable(str(source.path)), len(source.shards) - 1
+    if source.path == source.root:
+        return f"the shards of {path}"
+    return f"{path} and the {counted(others, 'other file')} of its set" if others else path
 
 
 def _measure(source: SourceCheckpoint, planned: Plan) -> float | None:
@@ -220,7 +229,7 @@ def _share(share: float | None, *, shares_disk: bool) -> str:
 def _remarks(source: SourceCheckpoint, planned: Plan) -> list[str]:
     remarks = [f"a name that no rule knows: {line}" for line in unknown_lines(planned.unknown)]
     if not source.config:
-        remarks.append(f"{printable(str(source.root))} has no config.json: without it the result cannot be run")
+        remarks.append(f"{printable(str(source.path))} has no config.json: without it the result cannot be run")
     if source.left_out:
         remarks.append(f"left out {printable(', '.join(source.left_out))}")
     return remarks

@@ -29,7 +29,6 @@ from reshard.cli_options import (
 )
 from reshard.repair import UnrepairedError
 from reshard.saved import require_source
-from reshard.source import source_root
 from reshard.verify import Damage
 from reshard.workers import DEFAULT_JOBS
 
@@ -52,17 +51,18 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
     """
     checkpoint = inventory.open(dst)
     source = require_source(checkpoint)
+    folder = None if against is None else verifying.source_folder(checkpoint, against)
     total = sum(file.size for file in checkpoint.manifest.files)
     total += sum(document.size for document in checkpoint.manifest.documents)
-    if against is not None:
+    if folder is not None:
         total += sum(shard.size for shard in source.shards if shard.sha256 is not None)
     events = EventStream(enabled=as_json)
     with events.show_progress(total, label="verify", quiet=quiet) as progress:
         progress.event("begin", command="verify", path=str(dst), total_bytes=total)
         own = verifying.verify(checkpoint, jobs=jobs, progress=progress)
         findings = list(own)
-        if against is not None:
-            findings += verifying.verify_against(checkpoint, source_root(against), jobs=jobs, progress=progress)
+        if folder is not None:
+            findings += verifying.verify_against(checkpoint, folder, jobs=jobs, progress=progress)
     unnamed = verifying.find_unnamed(checkpoint)
     if as_json:
         damage = [dataclasses.asdict(finding) for finding in findings]
@@ -176,7 +176,7 @@ def restore(
         return
     checkpoint = inventory.open(dst) if out is None else restoring.open_restored(dst, out)
     if consume and not is_confirmed:
-        confirm_consume(dst, yes=yes)
+        confirm_consume(f"the files of {printable(str(dst))}", yes=yes)
     total = sum(shard.size for shard in require_source(checkpoint).shards)
     label = "check" if out is None else "restore"
     with events.show_progress(total, label=label, quiet=quiet) as progress:
@@ -210,7 +210,7 @@ def _discard(dst: Path, out: Path, *, consume: bool, yes: bool) -> bool:
     if not discarding.check_discardable(dst, out):
         return False
     if consume:
-        confirm_consume(dst, yes=yes)
+        confirm_consume(f"the files of {printable(str(dst))}", yes=yes)
     discarding.discard(dst, out)
     return True
 

@@ -79,8 +79,12 @@ def consume_options(function: F) -> F:
     )(function)
 
 
-def confirm_consume(folder: Path, *, yes: bool) -> None:
+def confirm_consume(what: str, *, yes: bool) -> None:
     """Ask whether files may be deleted.
+
+    Args:
+        what: Those files, as a sentence names them.
+        yes: Whether that was answered before.
 
     Raises:
         click.UsageError: Nobody is there to answer.
@@ -89,9 +93,8 @@ def confirm_consume(folder: Path, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"--consume deletes the files of {folder} as it goes: give --yes as well")
-    text = f"The files of {printable(str(folder))} will be deleted one by one, as soon as their bytes are safe. Go on?"
-    if not click.confirm(text, err=True):
+        raise click.UsageError(f"--consume deletes {what} as it goes: give --yes as well")
+    if not click.confirm(f"--consume deletes {what}, each as soon as its bytes are safe. Go on?", err=True):
         raise ToolkitError("nothing was done; leave out --consume to keep the files")
 
 

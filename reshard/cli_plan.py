@@ -113,7 +113,7 @@ def _describe(
     rate, estimate = _estimate(source, remaining, folder)
     seconds = 0.0 if remaining.state == "complete" else None if estimate is None else estimate.seconds
     return {
-        "source": str(source.root),
+        "source": str(source.path),
         "shards": len(source.shards),
         "tensors": sum(len(file.tensors) for file in planned.files),
         "left_out_tensors": planned.left_out_tensors,
@@ -135,6 +135,7 @@ def _describe(
         "seconds": seconds,
         "limited_by": None if estimate is None else estimate.limit,
         "auxiliary": [file.path for file in source.auxiliary],
+        "generated": sorted(source.generated),
         "left_out": list(source.left_out),
         "unknown_tensors": dict(planned.unknown),
     }
@@ -169,6 +170,8 @@ def _print(document: dict[str, Any]) -> None:
     else:
         _print_work(document)
     click.echo(f"copied     {printable(', '.join(document['auxiliary'])) or 'no other files'}")
+    if document["generated"]:
+        click.echo(f"made       {printable(', '.join(document['generated']))}, out of what the GGUF file says")
     if document["left_out"]:
         click.echo(f"left out   {printable(', '.join(document['left_out']))}")
     if document["left_out_tensors"]:

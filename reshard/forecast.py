@@ -46,7 +46,7 @@ def missing_inodes(source: SourceCheckpoint, plan: Plan, destination: Path) -> i
 
 def made_paths(source: SourceCheckpoint, plan: Plan) -> set[str]:
     """Relative paths of all files and folders that a run makes."""
-    files = {*(file.path for file in plan.files), *(file.path for file in source.auxiliary)}
+    files = {*(file.path for file in plan.files), *(file.path for file in source.auxiliary), *source.generated}
     files |= {*header_paths(source.shards).values(), INDEX_NAME, MANIFEST_NAME, JOURNAL_NAME}
     if source.index is not None:
         files.add(INDEX_PATH)

@@ -57,7 +57,8 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
 
     Args:
         folder: The checkpoint.
-        source_path: Its source, one shard of that, or another resharded copy.
+        source_path: Its source, one shard of that, or another resharded copy. A file of a split GGUF model stands for
+            the set.
         jobs: Files at the same time.
         progress: Called for the verification, and once more for the repair if anything is damaged.
 
@@ -73,7 +74,7 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
         SourceNotFoundError: One of the two is not there.
     """
     require_folder(folder, "give the resharded checkpoint that is damaged")
-    source = inventory.open(source_path)
+    source = inventory.open_set(source_path)
     if os.path.samefile(source.root, folder):
         raise ToolkitError(f"{folder}: cannot be repaired from itself; give its source or another copy")
 

@@ -75,7 +75,7 @@ def needed_bytes(source: SourceCheckpoint, plan: Plan) -> int:
     """Bytes that the destination will take, a little over-estimated. Holes of the source take none."""
     tensors = sum(len(file.tensors) for file in plan.files)
     headers = sum(len(header.rest) for header in source.shards.values()) + len(source.index or b"")
-    auxiliary = sum(file.size for file in source.auxiliary)
+    auxiliary = sum(file.size for file in source.auxiliary) + sum(map(len, source.generated.values()))
     holes = sum(
         header.file_bytes - data_bytes(source.root / shard)
         for shard, header in source.shards.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from manifests import gguf_files
+from manifests import gguf_files, gguf_tokenizer
 from manifests.config import CONFIG_NAME, read_config
 from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.folder import LocalFolder
@@ -121,8 +121,14 @@ def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Hea
         auxiliary = tuple(file for file in found if file.path != CONFIG_NAME)
         left_out += others
         left_out += [f"{file.path} (the GGUF file says it itself)" for file in found if file not in auxiliary]
-    config, generated = _inside(model, next(iter(shards.values())), left_out)
     own = {file.path for file in auxiliary}
+    config, generated = _inside(
+        model,
+        next(iter(shards.values())),
+        left_out,
+        is_alone=path != root,
+        has_tokenizer=gguf_tokenizer.TOKENIZER_NAME in own,
+    )
     return SourceCheckpoint(
         root=root,
         path=path,
@@ -137,7 +143,7 @@ def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Hea
 
 
 def _inside(
-    model: gguf_files.GgufModel, first: Header, left_out: list[str]
+    model: gguf_files.GgufModel, first: Header, left_out: list[str], *, is_alone: bool, has_tokenizer: bool
 ) -> tuple[Mapping[str, Any], dict[str, bytes]]:
     """The config that a GGUF model has inside, and it and the tokenizer as files; notes what cannot be had."""
     config: Mapping[str, Any] = {}
@@ -149,8 +155,11 @@ def _inside(
     try:
         generated = gguf_files.tokenizer_of(first)
     except (ManifestError, UnsupportedModelError) as error:
-        # The tensors are worth having without it, and one can be put beside them.
-        left_out.append(f"the tokenizer ({error})")
+        # The tensors are worth having without it, and one can be put beside them; of a file that was named nothing
+        # beside it is taken.
+        more = ", and name their folder" if is_alone and isinstance(error, UnsupportedModelError) else ""
+        if not has_tokenizer:
+            left_out.append(f"the tokenizer ({error}{more})")
     if config:
         generated[CONFIG_NAME] = config_document(config)
     return config, generated

@@ -21,6 +21,7 @@ from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
 from reshard.progress import Progress
 from reshard.saved import require_source
+from reshard.source import source_root
 from reshard.streams import Ring
 from reshard.workers import StopFlag, run_all
 
@@ -100,6 +101,21 @@ def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Dam
             ]
 
     return _run(look, entries, jobs)
+
+
+def source_folder(checkpoint: Checkpoint, path: Path) -> Path:
+    """The folder of a source to compare with, which is named itself or by one of its GGUF files.
+
+    Raises:
+        ToolkitError: The file is none of those that the checkpoint was made from, so comparing it would be for nothing.
+    """
+    folder, names = source_root(path), [shard.name for shard in require_source(checkpoint).shards]
+    if folder != path and path.name not in names:
+        raise ToolkitError(
+            f"{path}: is none of the files that {checkpoint.root} was made from; give its {names[0]}, or the folder "
+            "that has it"
+        )
+    return folder
 
 
 def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress: Progress) -> list[Damage]:

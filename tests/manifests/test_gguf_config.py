@@ -111,6 +111,16 @@ def of(config: Config = V3, *, bias: bool = True, head: bool = True, **change: A
     return hugging_face_config(present | {"general.architecture": "deepseek2"}, has_router_bias=bias, has_head=head)
 
 
+def test_groups_of_which_half_is_said_are_not_guessed() -> None:
+    """Only where neither is said is it an older file of a known model."""
+    for said, missing in (("expert_group_count", "topk_group"), ("expert_group_used_count", "n_group")):
+        left = {key: None for key in ("expert_group_count", "expert_group_used_count") if key != said}
+        config = of(**left)
+        assert config[missing] is None
+        with pytest.raises(ManifestError, match="group"):
+            ModelConfig.from_dict(config)
+
+
 def test_other_architectures_have_no_config() -> None:
     for name in ("llama", "deepseek", "Deepseek2", 3, None):
         assert hugging_face_config({"general.architecture": name}, has_router_bias=False, has_head=True) == {}

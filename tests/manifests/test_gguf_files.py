@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 import manifests
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
+from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
+from manifests.gguf_files import parse_saved, read_file, with_gaps
 from manifests.gguf_names import Stack, to_hugging_face
 from manifests.names import Role, parse_name
 from tests.fuzz.gguf_bytes import ARRAY, I32, STRING, U16, U32, header, place
@@ -160,7 +162,7 @@ def test_files_that_are_not_one_model(tmp_path: Path) -> None:
     (tmp_path / "a-00003-of-00002.gguf").unlink()
     two.unlink()
     one.rename(tmp_path / "renamed.gguf")
-    with pytest.raises(ManifestError, match=r"has split\.count 2, which must be 1"):
+    with pytest.raises(ManifestError, match=r"is file 1 of 2 of a split model; give .* NAME-00001-of-00002\.gguf"):
         manifests.open(tmp_path)
 
 
@@ -221,6 +223,45 @@ def test_the_parts_of_a_split_must_agree(keys: list[Any], says: str | None, tmp_
     with pytest.raises(ManifestError) as caught:
         manifests.open(tmp_path)
     assert says in str(caught.value)
+
+
+def test_what_was_split_and_merged_again_is_whole(tmp_path: Path) -> None:
+    """As llama-gguf-split leaves it: the keys of the first file, with a count of no files."""
+    path = tmp_path / "x.gguf"
+    put(path, ARCH + split_keys(0, 0, 1), ("output.weight", [8], 0))
+    for named in (path, tmp_path):
+        checkpoint = manifests.open(named)
+        assert [location.name for location in checkpoint.tensors()] == ["lm_head.weight"]
+        assert checkpoint.config["model_type"] == "deepseek_v2"
+    path.rename(tmp_path / "x-00001-of-00001.gguf")
+    assert manifests.open(tmp_path).config
+    put(tmp_path / "x-00001-of-00001.gguf", ARCH + split_keys(0, 0, 2), ("output.weight", [8], 0))
+    with pytest.raises(ManifestError, match=r"has split\.tensors\.count 2, which must be 1"):
+        manifests.open(tmp_path)
+
+
+def test_a_saved_header_with_bytes_of_nothing_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "x.gguf", ARCH, ("output.weight", [7], 0), ("output_norm.weight", [7], 0))
+    (found,) = read_file(tmp_path / "x.gguf").shards.values()
+    whole = with_gaps(tmp_path / "x.gguf", found)
+    assert parse_saved({"x.gguf": (whole.rest, whole.file_bytes)}) == {"x.gguf": whole}
+    size = len(whole.rest)
+    with pytest.raises(ManifestError, match=f"has {size + 1} bytes, its file has {size} beside tensors"):
+        parse_saved({"x.gguf": (whole.rest + b"x", whole.file_bytes)})
+
+
+def test_what_is_refused_of_the_metadata_says_in_which_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    keys = [*ARCH, ("deepseek2.expert_count", STRING, "many"), ("tokenizer.ggml.model", STRING, "llama")]
+    put(path, keys, ("output.weight", [8], 0))
+    checkpoint = manifests.open(path)
+    with pytest.raises(ManifestError, match=rf"^{re.escape(str(path))}: the GGUF metadata has deepseek2\.expert_count"):
+        _ = checkpoint.config
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"^{re.escape(str(path))}: the GGUF metadata has tokenizer\.ggml"
+        ):
+            checkpoint.auxiliary.read(name, max_bytes=1000)
 
 
 def test_names_are_there_once_in_the_whole_set(tmp_path: Path) -> None:

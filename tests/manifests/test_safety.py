@@ -145,6 +145,17 @@ def test_the_hub_caches_blobs_may_be_linked(snapshot: Path, tmp_path: Path) -> N
     assert resolve_inside(tmp_path / "here", "config.json").read_text() == "blob"
 
 
+def test_they_may_be_from_a_folder_within_the_snapshot(snapshot: Path) -> None:
+    """As split GGUF files are downloaded: each set in a folder of its own."""
+    folder = snapshot / "V3-Q4_K_M" / "deeper"
+    folder.mkdir(parents=True)
+    (folder / "file").symlink_to("../../../../blobs/0a1b")
+    (folder / "out").symlink_to("../../../../refs/main")
+    assert resolve_inside(folder, "file").read_text() == "blob"
+    with pytest.raises(ManifestError, match="leaves the folder"):
+        resolve_inside(folder, "out")
+
+
 def test_nothing_else_of_the_hub_cache_may_be(snapshot: Path, tmp_path: Path) -> None:
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)

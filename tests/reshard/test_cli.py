@@ -53,7 +53,7 @@ PLAN_KEYS = {
     "source", "shards", "tensors", "left_out_tensors", "payload_bytes", "files", "expert_files", "needed_bytes",
     "consume_peak_bytes", "free_bytes", "needed_inodes", "free_inodes", "read_bytes_per_s", "seconds", "limited_by",
     "auxiliary", "left_out", "unknown_tensors", "state", "kept_bytes", "write_bytes", "write_files", "read_bytes",
-    "consume_needed_bytes",
+    "consume_needed_bytes", "generated",
 }  # fmt: skip
 
 
