@@ -6,7 +6,6 @@ bytes (``U8``) with the block type as their encoding and the shape of the matrix
 This file knows headers; it reads no tensor.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from manifests.gguf_names import ARCHITECTURE, Stack, to_hugging_face
 from manifests.gguf_tokenizer import NAMES as TOKENIZER_NAMES
 from manifests.gguf_tokenizer import tokenizer_documents
 from manifests.header import Gap, Header, HeaderTensor
+from manifests.readable import open_regular
 from manifests.safety import resolve_inside
 from manifests.schema import PLAIN
 
@@ -258,12 +258,13 @@ def with_gaps(path: Path, header: Header) -> Header:
     """The same header with the bytes between its tensors, which are read for it.
 
     Raises:
+        SourceNotFoundError, ToolkitError: See `open_regular`.
         ManifestError: The file became shorter.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
 
         def read(begin: int, size: int) -> bytes:
-            content = os.pread(file.fileno(), size, len(header.raw) + begin)
+            content = file.read(len(header.raw) + begin, size)
             if len(content) < size:
                 raise ManifestError(f"{path}: became shorter while it was read; download it again")
             return content

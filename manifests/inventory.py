@@ -22,7 +22,8 @@ from manifests.jsontext import read_json
 from manifests.mapping import map_file
 from manifests.names import expert_prefix, find_missing_scales, parse_name
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, Kind
-from manifests.safety import NOT_FOUND, check_relative, resolve_inside
+from manifests.readable import NOT_FOUND
+from manifests.safety import check_relative, resolve_inside
 from manifests.schema import PLAIN, FileEntry, Manifest, ModelFacts, TensorEntry
 from manifests.storage import load
 
