@@ -303,7 +303,7 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     Raises:
         SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
         ManifestError, IntegrityError: It is damaged.
-        ToolkitError: It has quantised blocks, and the package gguf is not installed.
+        ToolkitError: It has quantised blocks of a rare type, and the package gguf is not installed.
         UnsupportedModelError: It is of another architecture, or is stored in a way that the runner does not read.
     """
     if path is None:
@@ -339,14 +339,15 @@ def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
     Raises:
         UnsupportedModelError: They are of a type that is not known.
         IntegrityError: They are not what the checkpoint says.
-        ToolkitError: The package that expands them is not installed.
+        ToolkitError: No kernel expands them, and the package that does is not installed.
     """
     encoded = [one for file in checkpoint.manifest.files for one in file.tensors if one.encoding != PLAIN]
     for one in encoded:
         where = f"{checkpoint.root}: {one.name}"
         quantised.check_described(one.dtype, one.shape, one.logical_shape, one.encoding, where)
-    if encoded:
-        quantised.need_package(f"{checkpoint.root}: {encoded[0].name}", encoded[0].encoding)
+    foreign = next((one for one in encoded if not kernels.expands(one.encoding)), None)
+    if foreign is not None:
+        quantised.need_package(f"{checkpoint.root}: {foreign.name}", foreign.encoding)
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,11 @@ def k_types(name: str, shape: tuple[int, ...]) -> Type:
     return Type.Q6_K if name == "output.weight" or "down" in name or "attn_q" in name else Type.Q4_K
 
 
+def rare(name: str, shape: tuple[int, ...]) -> Type:
+    """One type that no kernel multiplies by, in a model of others."""
+    return Type.TQ2_0 if name.endswith("attn_output.weight") else mixed(name, shape)
+
+
 KINDS: dict[str, Kinds] = {
     "F32": one(Type.F32),
     "F16": one(Type.F16),
@@ -81,6 +87,7 @@ KINDS: dict[str, Kinds] = {
     "Q8_0": one(Type.Q8_0),
     "mixed": mixed,
     "K": k_types,
+    "rare": rare,
 }
 
 
@@ -338,14 +345,32 @@ def test_another_architecture_is_named(cases: Cases, tmp_path: Path) -> None:
         LoadedModel(tmp_path / "x.gguf")
 
 
-def test_the_package_is_asked_for_at_opening(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+@pytest.mark.parametrize("way", ["rare types", "nothing compiled"])
+def test_the_package_is_asked_for_at_opening(
+    cases: Cases, monkeypatch: pytest.MonkeyPatch, way: str, request: pytest.FixtureRequest
+) -> None:
+    plain, case = cases("v3", "F16"), cases("v3", "rare" if way == "rare types" else "mixed")
+    if way == "nothing compiled":
+        request.getfixturevalue("torch_alone")
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
-        ToolkitError, match=r"needs the package gguf; install it with: pip install 'expert-reshard\[gguf\]'"
+        ToolkitError,
+        match=r"(TQ2_0|Q4_0).*needs the package gguf; install it with: pip install 'expert-reshard\[gguf\]'",
     ):
-        LoadedModel(cases("v3", "mixed").gguf)
-    assert LoadedModel(cases("v3", "F16").gguf).root
+        LoadedModel(case.gguf)
+    assert LoadedModel(plain.gguf).root
+
+
+@pytest.mark.skipif(not kernels.supported(), reason="expanding without the package needs the kernels")
+@pytest.mark.parametrize("kinds", ["mixed", "K", "Q8_0"])
+@pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
+def test_the_common_types_need_no_package(cases: Cases, monkeypatch: pytest.MonkeyPatch, kinds: str, new: bool) -> None:
+    case = cases("v3", kinds, new=new)
+    expected = case.expected
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError):
+        importlib.import_module("gguf")
+    assert torch.equal(logits(case.gguf), expected)
 
 
 def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
