@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,10 @@ from runner import kernels, split_kv
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
 from runner.engine import Engine
+from runner.fp8 import Matrix
+from runner.layout import HUGE_PAGE_BYTES
 from runner.loaded import LoadedModel, open_checkpoint
+from runner.memory import Region
 from runner.model import Model
 from runner.parameters import Parameters
 from runner.sizes import measure, routed_experts
@@ -283,14 +287,73 @@ def test_what_is_made_of_the_halves_is_counted(cases: Cases) -> None:
         checkpoint = open_checkpoint(case.gguf)
         config = ModelConfig.from_dict(checkpoint.config)
         sizes.append(measure(Contents(checkpoint), config, "direct").dense)
-    assert sizes[0] - sizes[1] == made
+    # And two pairs of halves: those that are being joined, and the next.
+    assert sizes[0] - sizes[1] == made + 2 * HUGE_PAGE_BYTES
     _, store = in_window(halves.gguf, None, "direct", 64)
     _, other = in_window(whole.gguf, None, "direct", 64)
     dense = [sum(tensor.nbytes for tensor in one.dense_tensors()) for one in (store, other)]
     # Whoever reads all dense weights for a token reads the joined ones, in float32, and not the halves.
     assert dense[0] - dense[1] == made // 2
     held = [one.usage.resident_bytes - one.usage.read_bytes for one in (store, other)]
-    assert held[0] - held[1] == made
+    assert held[0] - held[1] == made - made // 2  # what was read of the halves is not there any more
+    groups = pass_order(3)
+    contents = [Contents(open_checkpoint(case.gguf)) for case in (halves, whole)]
+    assert [one.used_bytes(groups) for one in contents] == dense
+    assert contents[0].stored_bytes(groups) == contents[1].stored_bytes(groups)
+
+
+@pytest.mark.parametrize("kinds", ["F32", "K"])
+def test_halves_are_let_go_once_they_are_joined(cases: Cases, monkeypatch: pytest.MonkeyPatch, kinds: str) -> None:
+    """On the memory itself: at every join, and at the end, no more is there than the budget says."""
+    case = cases("v3", kinds, new=True)
+    regions: list[tuple[weakref.ref[object], int]] = []
+    moments: list[int] = []
+
+    class Watched(Region):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            regions.append((weakref.ref(self._bytes), self.size))
+
+    def live() -> int:
+        return sum(size for region, size in regions if region() is not None)
+
+    def watched_join(k_b: Matrix, v_b: Matrix) -> Tensor:
+        made = join(k_b, v_b)
+        moments.append(live() + (len(moments) + 1) * made.nbytes)
+        return made
+
+    join = split_kv.join
+    monkeypatch.setattr(split_kv, "join", watched_join)
+    monkeypatch.setattr("runner.dense.Region", Watched)
+    loaded = LoadedModel(case.gguf, ctx=64, io="direct", ram=4 << 30)
+    for _ in range(2):
+        assert torch.equal(loaded.logits(IDS), case.expected)
+        assert len(moments) == 3
+        kept = [loaded.contents.group(group).size for group in pass_order(3)]
+        assert live() == sum(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for size in kept)
+        assert live() + 3 * 4 * (32 + 64) * 64 * 4 <= loaded.budget.dense - 2 * HUGE_PAGE_BYTES
+        assert max(moments) <= loaded.budget.dense
+        assert len(regions) == 8  # three layers and their halves, norm and head
+
+
+def test_halves_are_read_ahead_once_and_again_by_name(cases: Cases) -> None:
+    case = cases("v3", "F32", new=True)
+    contents = Contents(open_checkpoint(case.gguf))
+    sizes = {group: contents.group(group).needed_bytes for group in contents.with_halves(pass_order(3))}
+    halves = "model.layers.{}.self_attn.kv_b_proj"
+    store = WeightStore(contents, order=pass_order(3))
+    store.tensor("model.layers.0.input_layernorm.weight")
+    expected = sizes["model.layers.0"] + sizes[halves.format(0)] + sizes["model.layers.1"]
+    assert store.usage.read_bytes == expected
+    whole = store.matrix(halves.format(1)).weight.view(4, 96, 64)
+    expected += sizes[halves.format(1)] + sizes["model.layers.2"] + sizes[halves.format(2)]
+    assert store.usage.read_bytes == expected
+    # They are behind these, but were used already.
+    store.matrix(halves.format(0))
+    assert store.usage.read_bytes == expected
+    assert torch.equal(store.tensor("model.layers.1.self_attn.k_b_proj.weight"), whole[:, :32].mT)
+    assert torch.equal(store.tensor("model.layers.1.self_attn.v_b_proj.weight"), whole[:, 32:])
+    assert store.usage.read_bytes == expected + sizes[halves.format(1)]
 
 
 def test_halves_of_the_wrong_sizes_are_refused_though_their_sum_is_right(cases: Cases) -> None:
