@@ -77,6 +77,25 @@ def set_names(name: str) -> list[str]:
     return [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, int(match[3]) + 1)]
 
 
+def read_set(path: Path) -> GgufModel:
+    """The model that one file belongs to: itself, or its whole split set, which lies beside it.
+
+    Raises:
+        SourceNotFoundError: There is no regular file at path, or others of the set are missing.
+        ManifestError: See `read_folder`; or it is of a set, and has not the name of such a file.
+    """
+    model = read_file(path)
+    if model.auxiliary:  # which one file of a set has not
+        return model
+    names = set_names(path.name)
+    if names == [path.name]:
+        raise ManifestError(
+            f"{path}: is one file of a split model, and its name does not say which the others are; give all of them "
+            "their own names again, such as NAME-00001-of-00003.gguf"
+        )
+    return read_folder(path.parent, [name for name in names if (path.parent / name).is_file()])
+
+
 def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header] | None = None) -> GgufModel:
     """The model whose files these are: one file, or a whole split set.
 
@@ -123,8 +142,8 @@ def _order_parts(folder: Path, names: Sequence[str]) -> list[str]:
         missing = [name for name in expected if name not in present]
         if missing:
             raise SourceNotFoundError(
-                f"{folder}: {len(missing)} of {count} files of a split model are missing, first {missing[0]}; download "
-                "them, or name one file"
+                f"{folder}: {len(missing)} of {count} files of a split model are missing, first {missing[0]}; "
+                "download them"
             )
         if len(present) == count:
             return expected

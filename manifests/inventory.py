@@ -310,6 +310,14 @@ def open(path: str | Path) -> Checkpoint:
     return Checkpoint(path, _in_place(shards, model_facts(read_config(path))))
 
 
+def open_model(path: str | Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for all of them."""
+    path = Path(path)
+    if path.suffix == gguf_files.SUFFIX and path.is_file():
+        return _open_gguf(path.parent, gguf_files.read_set(path))
+    return open(path)
+
+
 def find_gguf(folder: Path) -> list[str]:
     """Names of the GGUF files of a folder, sorted; none where it has safetensors, for it is then that checkpoint's."""
     if (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir()):

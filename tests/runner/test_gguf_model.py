@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shutil
 import sys
 import weakref
 from collections.abc import Callable
@@ -274,9 +275,26 @@ def test_a_folder_with_one_model_whole_or_split(cases: Cases, tmp_path: Path) ->
     split = cases("v3", "mixed", split_max_tensors=11)
     (first, *others) = sorted(split.gguf.parent.glob("*.gguf"))
     assert others
-    assert torch.equal(logits(first.parent), case.expected)
-    with pytest.raises(SourceNotFoundError, match="one file of a split model; give the folder"):
-        LoadedModel(first)
+    for path in (first.parent, first, *others):
+        assert torch.equal(logits(path), case.expected)
+
+
+def test_a_file_of_a_set_that_is_not_whole(cases: Cases, tmp_path: Path, call: Callable[..., Result]) -> None:
+    for path in cases("v3", "mixed", split_max_tensors=11).gguf.parent.glob("*.gguf"):
+        shutil.copy(path, tmp_path)
+    first, *others = sorted(tmp_path.iterdir())
+    renamed = tmp_path / "other.gguf"
+    shutil.copy(others[0], renamed)
+    others[-1].unlink()
+    for path in (first, others[0]):
+        result = call("logits", "-m", path, "--ids", "1")
+        assert (result.exit_code, result.stdout) == (10, "")
+        assert f"files of a split model are missing, first {others[-1].name}; download them\n" in result.stderr
+    result = call("logits", "-m", others[-1], "--ids", "1")
+    assert (result.exit_code, result.stderr) == (10, f"runner: {others[-1]}: no such file or folder\n")
+    result = call("logits", "-m", renamed, "--ids", "1")
+    assert result.exit_code == 12
+    assert f"{renamed}: is one file of a split model, and its name does not say which the others are" in result.stderr
 
 
 def test_what_is_made_of_the_halves_is_counted(cases: Cases) -> None:
@@ -440,7 +458,7 @@ def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch:
     checkpoint = manifests.open(cases("v3", "mixed").gguf)
     entry = next(one for one in checkpoint.manifest.files[0].tensors if one.encoding == "Q4_0")
     object.__setattr__(entry, "logical_shape", (*entry.logical_shape[:-1], entry.logical_shape[-1] + 32))
-    monkeypatch.setattr(manifests, "open", lambda path: checkpoint)
+    monkeypatch.setattr("runner.loaded.open_model", lambda path: checkpoint)
     with pytest.raises(IntegrityError, match=r"in Q4_0 and stored as U8 .* 18 bytes, so the checkpoint is damaged"):
         open_checkpoint(checkpoint.root)
 
