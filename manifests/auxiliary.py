@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from manifests.errors import ManifestError
+from manifests.readable import open_regular
 from manifests.safety import resolve_inside
 
 
@@ -47,12 +48,13 @@ class Auxiliary:
         Raises:
             ManifestError: It is larger than max_bytes, or a link that leaves the folder; or what it is made from has a
                 wrong value.
+            ToolkitError: It cannot be read; see `open_regular`.
             UnsupportedModelError: What it is made from asks for something that is not known here.
         """
         if (self.root / name).is_file():
             path = resolve_inside(self.root, name)
-            with path.open("rb") as file:
-                raw = file.read(max_bytes + 1)
+            with open_regular(path) as file:
+                raw = file.read(0, max_bytes + 1)
             if len(raw) > max_bytes:
                 raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
             return raw

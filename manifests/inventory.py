@@ -23,7 +23,8 @@ from manifests.jsontext import read_json
 from manifests.mapping import map_file
 from manifests.names import expert_prefix, find_missing_scales, parse_name
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
-from manifests.safety import NOT_FOUND, check_relative, resolve_inside
+from manifests.readable import NOT_FOUND
+from manifests.safety import check_relative, resolve_inside
 from manifests.schema import PLAIN, FileEntry, Manifest, ModelFacts, TensorEntry
 from manifests.storage import load
 
@@ -311,7 +312,7 @@ def open(path: str | Path) -> Checkpoint:
 
 
 def open_set(path: Path) -> Checkpoint:
-    """As `open`, but one file of a split GGUF model stands for its whole set, where all of that is there.
+    """As `open_model` where all files of a set are there; one of them alone is worth having, too.
 
     Raises:
         SourceNotFoundError, IncompleteError, ManifestError: See `open`.
@@ -319,6 +320,14 @@ def open_set(path: Path) -> Checkpoint:
     names = gguf_files.set_names(path.name)
     if len(names) > 1 and all((path.parent / name).is_file() for name in names):
         return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))
+    return open(path)
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for all of them."""
+    path = Path(path)
+    if path.suffix == gguf_files.SUFFIX and path.is_file():
+        return _open_gguf(path.parent, gguf_files.read_set(path))
     return open(path)
 
 
