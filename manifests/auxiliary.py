@@ -45,6 +45,7 @@ class Auxiliary:
         Raises:
             ManifestError: It is larger than max_bytes, or a link that leaves the folder; or what it is made from has a
                 wrong value.
+            ToolkitError: It cannot be read; see `open_regular`.
             UnsupportedModelError: What it is made from asks for something that is not known here.
         """
         raw = self.folder.read(name, max_bytes=max_bytes)

@@ -3,7 +3,6 @@
 A folder on a server answers the same questions (`manifests.remote`). Knows names and bytes, not what they mean.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Protocol
 
 from manifests.errors import ManifestError
 from manifests.mapping import map_file
+from manifests.readable import open_regular
 from manifests.safety import resolve_inside
 
 Cut = Callable[[int, int], memoryview]
@@ -88,16 +88,16 @@ class LocalFolder:
         if not (self.root / name).exists():
             return None
         path = resolve_inside(self.root, name)
-        with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
+        with open_regular(path) as file:
+            raw = file.read(0, max_bytes + 1)
         if len(raw) > max_bytes:
             raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
         return raw
 
     def begin(self, name: str, size: int) -> tuple[bytes, int]:
         """See `Folder`."""
-        with resolve_inside(self.root, name).open("rb") as file:
-            return file.read(size), os.fstat(file.fileno()).st_size
+        with open_regular(resolve_inside(self.root, name)) as file:
+            return file.read(0, size), file.size
 
     def path(self, name: str) -> Path:
         """The path of a file that is there.

@@ -10,18 +10,17 @@ Nothing in a file is believed: every count is compared with the bytes that are l
 This file knows one file at a time; it knows nothing of models, layers or splits.
 """
 
-import os
-import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError
 from manifests.ggml import BLOCK_TYPES, BlockType
 from manifests.header import LFS_POINTER_START, MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_NAME_CHARS
+from manifests.readable import Readable, in_memory, open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -96,23 +95,15 @@ def read_gguf(path: Path) -> GgufHeader:
     """Read and check the header of one file.
 
     Raises:
-        SourceNotFoundError: There is no regular file at path.
+        SourceNotFoundError, ToolkitError: See `open_regular`.
         ManifestError: The header or the file's size is not what the format allows.
     """
-    try:
-        # Asked before opening: opening a FIFO or a device could hang or do worse.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SourceNotFoundError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            return _parse(file.read, file_bytes=os.fstat(file.fileno()).st_size, what=str(path))
-    except FileNotFoundError as error:
-        if isinstance(error, SourceNotFoundError):
-            raise
-        raise SourceNotFoundError(f"{path}: no such file") from error
+    with open_regular(path) as file:
+        return gguf_of(file)
 
 
 def parse_gguf(raw: bytes, *, file_bytes: int, what: str) -> GgufHeader:
-    """Check the bytes up to the payload against the format and the file's size.
+    """The header of a file whose first bytes are known.
 
     Args:
         raw: The header; longer input is cut.
@@ -120,25 +111,16 @@ def parse_gguf(raw: bytes, *, file_bytes: int, what: str) -> GgufHeader:
         what: Name of the file for messages.
 
     Raises:
-        ManifestError: See the module's description of what a file must be.
+        ManifestError: As for `gguf_of`.
     """
-    position = 0
-
-    def read(count: int) -> bytes:
-        nonlocal position
-        position += count
-        return raw[position - count : position]
-
-    return _parse(read, file_bytes=file_bytes, what=what)
+    return gguf_of(in_memory(raw, size=file_bytes, what=what))
 
 
 class _Cursor:
     """Goes through the header from its start, and keeps what it has seen."""
 
-    def __init__(self, read: Callable[[int], bytes], *, file_bytes: int, what: str) -> None:
-        self._read = read
-        self._file_bytes = file_bytes
-        self._what = what
+    def __init__(self, file: Readable) -> None:
+        self._file = file
         self._seen = bytearray()
         self._position = 0
         self._elements_left = MAX_ELEMENTS
@@ -151,11 +133,11 @@ class _Cursor:
     @property
     def left(self) -> int:
         """The most bytes that the rest of the header can have."""
-        return max(0, min(self._file_bytes, MAX_HEADER_BYTES) - self._position)
+        return max(0, min(self._file.size, MAX_HEADER_BYTES) - self._position)
 
     def fault(self, message: str) -> ManifestError:
         """What to raise: the message with the file's name before it."""
-        return ManifestError(f"{self._what}: {message}")
+        return ManifestError(f"{self._file.what}: {message}")
 
     def skip(self, count: int, place: str) -> int:
         """Go on by count bytes, which are then in what was seen; return where they begin."""
@@ -167,15 +149,15 @@ class _Cursor:
         return begin
 
     def _fetch(self, end: int, place: str) -> None:
-        if end > MAX_HEADER_BYTES and self._file_bytes > MAX_HEADER_BYTES:
+        if end > MAX_HEADER_BYTES and self._file.size > MAX_HEADER_BYTES:
             raise self.fault(
                 f"{place} reaches behind the limit of {MAX_HEADER_BYTES} bytes for a header; it is damaged"
             )
-        if end > self._file_bytes:
-            raise self.fault(f"ends within {place}, at {self._file_bytes} bytes; it is truncated, download it again")
+        if end > self._file.size:
+            raise self.fault(f"ends within {place}, at {self._file.size} bytes; it is truncated, download it again")
         while len(self._seen) < end:
             # Never more than a block ahead: what follows the header is the payload.
-            block = self._read(max(READ_BYTES, end - len(self._seen)))
+            block = self._file.read(len(self._seen), max(READ_BYTES, end - len(self._seen)))
             if not block:
                 raise self.fault(f"became shorter while its header was read, within {place}")
             self._seen += block
@@ -251,8 +233,13 @@ class _Cursor:
         return bytes(memoryview(self._seen)[: self._position])
 
 
-def _parse(read: Callable[[int], bytes], *, file_bytes: int, what: str) -> GgufHeader:
-    cursor = _Cursor(read, file_bytes=file_bytes, what=what)
+def gguf_of(file: Readable) -> GgufHeader:
+    """Check the bytes up to the payload against the format and the file's size; at most a block behind them is read.
+
+    Raises:
+        ManifestError: See the module's description of what a file must be.
+    """
+    cursor = _Cursor(file)
     version = _read_version(cursor)
     tensor_count = cursor.number("Q", "the count of tensors")
     pair_count = cursor.number("Q", "the count of metadata")
@@ -278,16 +265,16 @@ def _parse(read: Callable[[int], bytes], *, file_bytes: int, what: str) -> GgufH
     entries = [_read_entry(cursor, number, alignment) for number in range(tensor_count)]
     start = -(-cursor.position // alignment) * alignment
     # A file without tensors, such as the first of a split set, may end where its header ends.
-    if entries or file_bytes > cursor.position:
+    if entries or file.size > cursor.position:
         cursor.skip(start - cursor.position, "the padding before the tensors")
-    tensors = _place_tensors(cursor, entries, start, alignment, file_bytes)
+    tensors = _place_tensors(cursor, entries, start, alignment, file.size)
     return GgufHeader(
         raw=cursor.raw(),
         version=version,
         alignment=alignment,
         metadata=metadata,
         tensors=tensors,
-        file_bytes=file_bytes,
+        file_bytes=file.size,
     )
 
 

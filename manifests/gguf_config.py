@@ -64,6 +64,8 @@ _OTHERS = {
 
 # (router, experts) -> (n_group, topk_group) of the models whose older files do not say it: V3 and R1, V2 and V2.5.
 _GROUPS = {("sigmoid", 256): (8, 4), ("softmax", 160): (8, 3)}
+# The same of beta_fast, which is 1 in Kimi-K2's config.json and 32, as its readers assume, in all others.
+_BETA_FAST = {("sigmoid", 384): 1.0}
 
 
 def hugging_face_config(metadata: Mapping[str, Any], *, has_router_bias: bool, has_head: bool) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def hugging_face_config(metadata: Mapping[str, Any], *, has_router_bias: bool, h
     for key, theirs in (("attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("rope.freq_base", "rope_theta")):
         if (number := values.number(key)) is not None:
             config[theirs] = number
-    config["rope_scaling"] = _read_rope_scaling(values)
+    config["rope_scaling"] = _read_rope_scaling(values, scoring_func, integers["n_routed_experts"])
     for name in ("bos_token_id", "eos_token_id"):
         if (token := values.integer(f"tokenizer.ggml.{name}", prefix="")) is not None:
             config[name] = token
@@ -147,7 +149,7 @@ def _read_groups(values: "_Values", scoring_func: str, experts: int | None) -> d
     return {"n_group": n_group, "topk_group": topk_group, "topk_method": topk_method}
 
 
-def _read_rope_scaling(values: "_Values") -> dict[str, Any] | None:
+def _read_rope_scaling(values: "_Values", scoring_func: str, experts: int | None) -> dict[str, Any] | None:
     kind, factor = values.text("rope.scaling.type"), values.number("rope.scaling.factor")
     if kind is None and factor is None:
         return None
@@ -156,11 +158,12 @@ def _read_rope_scaling(values: "_Values") -> dict[str, Any] | None:
     if kind != "yarn":
         # Whoever reads the config knows what it implements; ggml takes a factor without a type for linear scaling.
         return {"type": kind or "linear", "factor": factor}
+    beta_fast = values.number("rope.scaling.yarn_beta_fast")
     scaling: dict[str, Any] = {
         "type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": values.integer("rope.scaling.original_context_length"),
-        "beta_fast": values.number("rope.scaling.yarn_beta_fast"),
+        "beta_fast": _BETA_FAST.get((scoring_func, experts or 0)) if beta_fast is None else beta_fast,
         "beta_slow": values.number("rope.scaling.yarn_beta_slow"),
     }
     if (multiplier := values.number("rope.scaling.yarn_log_multiplier")) is not None:

@@ -6,7 +6,6 @@ bytes (``U8``) with the block type as their encoding and the shape of the matrix
 This file knows headers; it reads no tensor.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from manifests.gguf_names import ARCHITECTURE, Stack, to_hugging_face
 from manifests.gguf_tokenizer import NAMES as TOKENIZER_NAMES
 from manifests.gguf_tokenizer import tokenizer_documents
 from manifests.header import Gap, Header, HeaderTensor
+from manifests.readable import open_regular
 from manifests.safety import resolve_inside
 from manifests.schema import PLAIN
 
@@ -79,6 +79,25 @@ def set_names(name: str) -> list[str]:
     if match is None or not int(match[3]):
         return [name]
     return [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, int(match[3]) + 1)]
+
+
+def read_set(path: Path) -> GgufModel:
+    """The model that one file belongs to: itself, or its whole split set, which lies beside it.
+
+    Raises:
+        SourceNotFoundError: There is no regular file at path, or others of the set are missing.
+        ManifestError: See `read_folder`; or it is of a set, and has not the name of such a file.
+    """
+    model = read_file(path)
+    if model.auxiliary:  # which one file of a set has not
+        return model
+    names = set_names(path.name)
+    if names == [path.name]:
+        raise ManifestError(
+            f"{path}: is one file of a split model, and its name does not say which the others are; give all of them "
+            "their own names again, such as NAME-00001-of-00003.gguf"
+        )
+    return read_folder(path.parent, [name for name in names if (path.parent / name).is_file()])
 
 
 def read_folder(folder: Path, names: Sequence[str], absent: Mapping[str, Header] | None = None) -> GgufModel:
@@ -293,12 +312,13 @@ def with_gaps(path: Path, header: Header) -> Header:
     """The same header with the bytes between its tensors, which are read for it.
 
     Raises:
+        SourceNotFoundError, ToolkitError: See `open_regular`.
         ManifestError: The file became shorter.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
 
         def read(begin: int, size: int) -> bytes:
-            content = os.pread(file.fileno(), size, len(header.raw) + begin)
+            content = file.read(len(header.raw) + begin, size)
             if len(content) < size:
                 raise ManifestError(f"{path}: became shorter while it was read; download it again")
             return content

@@ -2,10 +2,12 @@
 
 A GGUF file names its pre-tokenizer and does not say what that is. These are the sequences of the published
 tokenizer.json files that converters give each name: ``deepseek-v3`` of DeepSeek-V3 and R1, ``deepseek-llm`` of
-DeepSeek-LLM and V2, V2-Lite and Coder-V2; ``gpt-2`` is what the tokenizers library does by itself.
+DeepSeek-LLM and V2, V2-Lite and Coder-V2; ``gpt-2`` is what the tokenizers library does by itself. ``kimi-k2`` is of
+Kimi-K2 and Moonlight, which have no tokenizer.json but an expression for tiktoken; the tokenizers library takes it as
+it is, and cuts alike.
 Sources: DeepSeek-V3's tokenizer.json; for ``deepseek-llm`` the expressions in llama.cpp's src/llama-vocab.cpp, whose
 last one is for numbers, where tokenizer.json has ``Digits``. No token of that vocabulary has two digits, so the ids are
-the same.
+the same. For ``kimi-k2`` pat_str in Kimi-K2-Instruct's tokenization_kimi.py.
 """
 
 from typing import Any
@@ -35,6 +37,20 @@ _CASED_LETTERS = (
 _PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 _EASTERN = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"
 
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_MARK, _SHORT = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_KIMI = (
+    r"[\p{Han}]+",
+    f"{_MARK}{_UPPER}*{_LOWER}+{_SHORT}",
+    f"{_MARK}{_UPPER}+{_LOWER}*{_SHORT}",
+    _NUMBERS_BY_THREE,
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+
 
 def find_pre_tokenizer(name: str) -> dict[str, Any]:
     """The ``pre_tokenizer`` of tokenizer.json that belongs to a name.
@@ -48,6 +64,11 @@ def find_pre_tokenizer(name: str) -> dict[str, Any]:
             f"are {', '.join(_STEPS)}); put the model's own tokenizer.json beside the file"
         )
     return {"type": "Sequence", "pretokenizers": _STEPS[name]}
+
+
+def takes_whole_words(name: str) -> bool:
+    """Whether a piece of text that is a token becomes that token though no merges lead to it, as in tiktoken."""
+    return name == "kimi-k2"
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -75,4 +96,5 @@ _STEPS: dict[str, list[dict[str, Any]]] = {
         _byte_level(use_regex=False),
     ],
     "gpt-2": [_byte_level(use_regex=True)],
+    "kimi-k2": [_split("|".join(_KIMI)), _byte_level(use_regex=False)],
 }

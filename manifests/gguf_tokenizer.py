@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manifests.errors import ManifestError, UnsupportedModelError
-from manifests.gguf_pretokenizers import find_pre_tokenizer
+from manifests.gguf_pretokenizers import find_pre_tokenizer, takes_whole_words
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -46,7 +46,8 @@ def tokenizer_documents(metadata: Mapping[str, Any]) -> dict[str, bytes]:
             f"the GGUF metadata has {_PREFIX}model {model!r:.80}; this version reads byte-level BPE ({_BYTE_LEVEL!r}), "
             f"put the model's own {TOKENIZER_NAME} beside the file"
         )
-    pre_tokenizer = find_pre_tokenizer(_require(metadata, "pre", str, "a string"))
+    pre = _require(metadata, "pre", str, "a string")
+    pre_tokenizer = find_pre_tokenizer(pre)
     tokens = _require_all(metadata, "tokens", str, "strings")
     types = _require_all(metadata, "token_type", int, "whole numbers")
     vocab = _read_vocab(tokens, types)
@@ -75,6 +76,7 @@ def tokenizer_documents(metadata: Mapping[str, Any]) -> dict[str, bytes]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
+            **({"ignore_merges": True} if takes_whole_words(pre) else {}),
             # Added tokens too: those that the model does not have are numbered one after the other by the library.
             "vocab": vocab,
             "merges": merges,

@@ -11,8 +11,6 @@ A file of another format takes the same form: `manifests.gguf_files` describes G
 """
 
 import json
-import os
-import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from manifests.dtypes import BITS
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError
 from manifests.jsontext import parse_json
+from manifests.readable import Readable, in_memory, open_regular
 from manifests.schema import PLAIN
 
 LENGTH_BYTES = 8
@@ -93,27 +92,15 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one file.
 
     Raises:
-        SourceNotFoundError: There is no regular file at path.
+        SourceNotFoundError, ToolkitError: See `open_regular`.
         ManifestError: The header or the file's size is not what the format allows.
     """
-    try:
-        # Asked before opening: opening a FIFO or a device could hang or do worse.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SourceNotFoundError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(LENGTH_BYTES)
-            json_bytes = _json_length(prefix, file_bytes, path)
-            text = file.read(json_bytes)
-    except FileNotFoundError as error:
-        raise SourceNotFoundError(f"{path}: no such file") from error
-    if len(text) != json_bytes:
-        raise ManifestError(f"{path}: the file became shorter while its header was read")
-    return parse_header(prefix + text, file_bytes=file_bytes, what=str(path))
+    with open_regular(path) as file:
+        return header_of(file)
 
 
 def parse_header(raw: bytes, *, file_bytes: int, what: str) -> Header:
-    """Check the bytes up to the payload against the format and the file's size.
+    """The header of a file whose first bytes are known.
 
     Args:
         raw: Length field and JSON; longer input is cut.
@@ -121,12 +108,26 @@ def parse_header(raw: bytes, *, file_bytes: int, what: str) -> Header:
         what: Name of the file for messages.
 
     Raises:
+        ManifestError: As for `header_of`.
+    """
+    return header_of(in_memory(raw, size=file_bytes, what=what))
+
+
+def header_of(file: Readable) -> Header:
+    """Check the bytes up to the payload against the format and the file's size; no others are read.
+
+    Raises:
         ManifestError: See the module's description of what a file must be.
     """
-    json_bytes = _json_length(raw[:LENGTH_BYTES], file_bytes, what)
-    raw = raw[: LENGTH_BYTES + json_bytes]
+    what = file.what
+    prefix = file.read(0, LENGTH_BYTES)
+    json_bytes = _json_length(prefix, file.size, what)
+    raw = prefix + file.read(LENGTH_BYTES, json_bytes)
     if len(raw) < LENGTH_BYTES + json_bytes:
-        raise ManifestError(f"{what}: header of {json_bytes} bytes ends after {len(raw) - LENGTH_BYTES}; it is damaged")
+        raise ManifestError(
+            f"{what}: header of {json_bytes} bytes ends after {len(raw) - LENGTH_BYTES}; it is damaged, or was cut "
+            "while it was read"
+        )
     # The library demands the brace at once: padding stands behind the JSON, and nothing else may pose as a header.
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise ManifestError(f"{what}: the header does not start with '{{'; not a safetensors file")
@@ -142,12 +143,12 @@ def parse_header(raw: bytes, *, file_bytes: int, what: str) -> Header:
                 f"{what}: tensor {tensor.name!r} at {tensor.begin} {fault} (expected {position}); the header is damaged"
             )
         position = tensor.end
-    if len(raw) + position != file_bytes:
+    if len(raw) + position != file.size:
         raise ManifestError(
-            f"{what}: header and tensors need {len(raw) + position} bytes, the file has {file_bytes}; "
+            f"{what}: header and tensors need {len(raw) + position} bytes, the file has {file.size}; "
             "it is truncated or has trailing bytes, download it again"
         )
-    return Header(raw=raw, tensors=tuple(tensors), metadata=metadata, file_bytes=file_bytes)
+    return Header(raw=raw, tensors=tuple(tensors), metadata=metadata, file_bytes=file.size)
 
 
 def header_bytes(prefix: bytes, *, file_bytes: int, what: str) -> int:
@@ -181,7 +182,7 @@ def encode_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def _json_length(prefix: bytes, file_bytes: int, what: object) -> int:
+def _json_length(prefix: bytes, file_bytes: int, what: str) -> int:
     if len(prefix) < LENGTH_BYTES:
         raise ManifestError(f"{what}: shorter than {LENGTH_BYTES} bytes; not a safetensors file")
     if prefix == LFS_POINTER_START:

@@ -18,7 +18,8 @@ from manifests.folder import LocalFolder
 from manifests.header import Header, read_header
 from manifests.in_place import describe_in_place
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
-from manifests.safety import NOT_FOUND, resolve_inside
+from manifests.readable import NOT_FOUND
+from manifests.safety import resolve_inside
 from manifests.schema import ModelFacts
 from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
 from manifests.storage import load
@@ -65,7 +66,7 @@ def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
 
 
 def open_set(path: Path) -> Checkpoint:
-    """As `open`, but one file of a split GGUF model stands for its whole set, where all of that is there.
+    """As `open_model` where all files of a set are there; one of them alone is worth having, too.
 
     Raises:
         SourceNotFoundError, IncompleteError, ManifestError: See `open`.
@@ -73,6 +74,16 @@ def open_set(path: Path) -> Checkpoint:
     names = gguf_files.set_names(path.name)
     if len(names) > 1 and all((path.parent / name).is_file() for name in names):
         return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))
+    return open(path)
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for all of them."""
+    if urls.is_url(path):
+        return open(path)
+    path = Path(path)
+    if path.suffix == gguf_files.SUFFIX and path.is_file():
+        return _open_gguf(path.parent, gguf_files.read_set(path))
     return open(path)
 
 

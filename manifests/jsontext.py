@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.errors import ManifestError
+from manifests.readable import open_regular
 
 _NEGATIVE_ZERO = re.compile(r"-0(?![0-9.eE])")
 
@@ -55,13 +56,11 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
     """Read and parse a small JSON file.
 
     Raises:
-        SourceNotFoundError: There is no such file.
+        SourceNotFoundError, ToolkitError: See `open_regular`.
         ManifestError: It is larger than max_bytes, or not strict JSON.
     """
-    if not path.is_file():
-        raise SourceNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        raw = file.read(max_bytes + 1)
+    with open_regular(path) as file:
+        raw = file.read(0, max_bytes + 1)
     if len(raw) > max_bytes:
         raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such document needs")
     return parse_json(raw, what=str(path))

@@ -1,14 +1,10 @@
 """Which relative paths may be followed below a folder. Everything that a file says about a path passes here."""
 
-import errno
 import os
-import stat
 from pathlib import Path, PureWindowsPath
 
-from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
-
-NOT_FOUND = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""What the system says of a path that leads nowhere."""
+from manifests.errors import ManifestError, SourceNotFoundError
+from manifests.readable import refusal, require_regular
 
 
 def check_relative(path: str, *, what: str) -> str:
@@ -58,7 +54,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
 
     Raises:
         ManifestError: relative is unsafe, or a link leads elsewhere.
-        SourceNotFoundError: There is no such file, or it is a folder, a FIFO or a device.
+        SourceNotFoundError, ToolkitError: See `manifests.readable.open_regular`.
     """
     check_relative(relative, what=str(root))
     path = root / relative
@@ -66,15 +62,11 @@ def resolve_inside(root: Path, relative: str) -> Path:
         real = Path(os.path.realpath(path, strict=True))
         real_root = Path(os.path.realpath(root, strict=True))
     except OSError as error:
-        if error.errno not in NOT_FOUND:
-            # A failing disk, which says nothing of what is on it.
-            raise ToolkitError(f"{path}: cannot be looked at: {error.strerror}") from error
-        raise SourceNotFoundError(f"{path}: no such file") from error
+        raise refusal(path, error) from error
     if not real.is_relative_to(real_root) and real.parent != _hub_blobs(real_root):
         raise ManifestError(f"{path}: a link that leaves the folder, to {real}; copy the file there instead")
     # Whoever opened a FIFO would wait for ever.
-    if not stat.S_ISREG(os.stat(real).st_mode):
-        raise SourceNotFoundError(f"{path}: not a regular file")
+    require_regular(path)
     return path
 
 

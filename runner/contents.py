@@ -27,7 +27,12 @@ _APART = (".embed_tokens.", ".shared_head.head.")
 
 
 def group_of(name: str) -> str:
-    """The group that a tensor is read with: its layer, its expert, or its own name without the last part."""
+    """The group that a tensor is read with: its layer, its expert, or its own name without the last part.
+
+    What another tensor is made of is apart, in a group with that one's name, and can be let go when it is made.
+    """
+    if (whole := split_kv.whole_of(name)) is not None:
+        return whole.rpartition(".")[0]
     if name.startswith(_LAYERS) and not any(part in name for part in _APART):
         if (found := name.find(_EXPERTS)) > 0:
             return name[: name.find(".", found + len(_EXPERTS))]
@@ -126,23 +131,44 @@ class Contents:
         parts = 2 * len(_PROJECTIONS) if self.is_in_place else 1
         return self.expert_bytes(layers) + parts * (alignment + max(alignment, PAGE_BYTES))
 
+    def with_halves(self, groups: Iterable[str]) -> list[str]:
+        """These groups, each with the halves behind it that one of its tensors is made of."""
+        return [one for group in groups for one in (group, self._halves.get(group)) if one is not None]
+
+    def stored_bytes(self, groups: Sequence[str]) -> int:
+        """Bytes that are read to have these groups in memory."""
+        return sum(self.group(group).needed_bytes for group in self.with_halves(groups))
+
+    def used_bytes(self, groups: Sequence[str]) -> int:
+        """Bytes of these groups that products read: of what is made of halves, that and not the halves."""
+        return sum(self.group(group).needed_bytes + self._joined_bytes(group) for group in groups)
+
     def dense_bytes(self, groups: Sequence[str]) -> int:
-        """Memory that these groups take together, each in huge pages of its own, and what is made of them."""
-        stored = sum(-(-self._group_bytes(group) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for group in groups)
-        return stored + sum(self._joined_bytes(group) for group in groups)
+        """Memory that these groups take together, each in huge pages of its own, and what is made of halves."""
+        kept = sum(self._group_bytes(group) + self._joined_bytes(group) for group in groups)
+        # Of the halves no more than those that are being joined, and the next, which are read ahead.
+        halves = sorted(self._group_bytes(self._halves[group]) for group in groups if group in self._halves)
+        return kept + sum(halves[-2:])
 
     def _group_bytes(self, group: str) -> int:
-        return sum(self._sizes[name] + PAGE_BYTES for name in self._names.get(group, ()))
+        size = sum(self._sizes[name] + PAGE_BYTES for name in self._names.get(group, ()))
+        return -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
     def _joined_bytes(self, group: str) -> int:
-        wholes = filter(None, map(split_kv.whole_of, self._names.get(group, ())))
-        parts = filter(None, (split_kv.halves(name, self) for name in wholes))
-        return sum(split_kv.joined_bytes(*(self.locate(name).logical_shape for name in pair)) for pair in parts)
+        if (halves := self._halves.get(group)) is None:
+            return 0
+        return split_kv.joined_bytes(*(self.locate(name).logical_shape for name in self._names[halves]))
 
     def _expert_names(self, key: Key) -> list[str]:
         prefix = expert_prefix(*key)
         weights = [f"{prefix}{projection}.weight" for projection in _PROJECTIONS]
         return weights + [scales for name in weights if (scales := f"{name}_scale_inv") in self._sizes]
+
+    @cached_property
+    def _halves(self) -> dict[str, str]:
+        """By group, that of the halves of one of its tensors."""
+        wholes = {group: f"{group}.weight" for group in self._names}
+        return {group_of(whole): group for group, whole in wholes.items() if split_kv.halves(whole, self) is not None}
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

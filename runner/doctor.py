@@ -263,13 +263,15 @@ def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast
     sizes = measure(contents, config, default_io(contents, config))
     budget = plan_memory(contents, config, sizes)
     experts = routed_experts(config)
-    fixed = sum(contents.group(group).needed_bytes for group in pass_order(config.num_hidden_layers, head_of(config)))
+    groups = pass_order(config.num_hidden_layers, head_of(config))
+    fixed = contents.used_bytes(groups)
     rates = Rates(
         memory=floors.anonymous_read_gbps(min(_MEMORY_BYTES, max(_LEAST_BYTES, fixed))),
         direct=floors.disk_read_gbps(contents, experts, way=Direct),
         mapped=floors.disk_read_gbps(contents, experts, way=Mapped) if kernels.supported() else None,
     )
-    return forecast(config, sizes, fixed_bytes=fixed, budget=budget, rates=rates)
+    stored = contents.stored_bytes(groups)
+    return forecast(config, sizes, fixed_bytes=fixed, stored_bytes=stored, budget=budget, rates=rates)
 
 
 def _check_files(checkpoint: manifests.Checkpoint) -> None:

@@ -102,13 +102,16 @@ class Forecast:
         yield f"advice     {self.advice}"
 
 
-def forecast(config: ModelConfig, sizes: Sizes, *, fixed_bytes: int, budget: Budget, rates: Rates) -> Forecast:
+def forecast(
+    config: ModelConfig, sizes: Sizes, *, fixed_bytes: int, stored_bytes: int, budget: Budget, rates: Rates
+) -> Forecast:
     """Foretell.
 
     Args:
         config: The model.
         sizes: Its checkpoint's.
         fixed_bytes: Bytes of every token that are no routed expert.
+        stored_bytes: What the disk has of them.
         budget: How the memory is divided.
         rates: The machine's.
     """
@@ -125,7 +128,7 @@ def forecast(config: ModelConfig, sizes: Sizes, *, fixed_bytes: int, budget: Bud
         warm = (fixed_bytes + routed) / rates.memory / 1e9
         missed_s = (1 - hit_rate) * routed / disk / 1e9
         expected = warm if hit_rate == 1.0 else missed_s + fixed_bytes / rates.memory / 1e9
-        cold = (fixed_bytes + routed) / disk / 1e9
+        cold = (stored_bytes + routed) / disk / 1e9
     return Forecast(
         budget=budget,
         rates=rates,

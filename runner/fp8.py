@@ -7,7 +7,7 @@ This file must not know names, files or layers.
 Shapes: T tokens, I inputs, O outputs, (bo, bi) rows and columns of one block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def dequantize(matrix: Matrix) -> Tensor:
     Raises:
         IntegrityError: The scale grid does not cover the weight, or has blocks to spare; or rows are no whole blocks.
         UnsupportedModelError: The dtype or the encoding is not one that is read.
-        ToolkitError: It has an encoding, and the package gguf is not installed.
+        ToolkitError: It has an encoding that no kernel expands, and the package gguf is not installed.
 
     Source: DeepSeek-V3 README_WEIGHTS, "Dequantization Method".
     """
@@ -186,7 +186,11 @@ def check(matrix: Matrix) -> None:
 def _expand(matrix: Matrix, begin: int, end: int) -> Tensor:
     """Give rows [begin, end), or up to the last one, as float32; begin is a multiple of bo."""
     if matrix.encoding != PLAIN:
-        return quantised.expand(matrix.weight[begin:end], matrix.encoding, matrix.name)
+        part = replace(matrix, weight=matrix.weight[begin:end])
+        compiled = kernels.active()
+        if compiled is not None and kernels.multiplies(part):
+            return compiled.expand(part)
+        return quantised.expand(part.weight, part.encoding, part.name)
     if matrix.scale is None:
         return widen(matrix.weight[begin:end], matrix.name)
     block_rows, block_columns = matrix.block

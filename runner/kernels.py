@@ -132,6 +132,11 @@ def multiplies(matrix: "Matrix") -> bool:
     return matrix.encoding == PLAIN or matrix.encoding in _ENCODED_KINDS
 
 
+def expands(encoding: str) -> bool:
+    """Whether blocks of this type can be expanded here, by `Kernels.expand`."""
+    return active() is not None and encoding in _ENCODED_KINDS
+
+
 class Kernels:
     """The library, with an instruction set chosen.
 
@@ -165,6 +170,18 @@ class Kernels:
         else:
             self._library.rk_linear(described, x_TI.data_ptr(), tokens, out_TO.data_ptr(), None)
         return out_TO
+
+    def expand(self, matrix: "Matrix") -> Tensor:
+        """Give [O, I] float32, what the blocks of a matrix stand for, exactly as ggml defines them.
+
+        Args:
+            matrix: [O, I], checked, with an encoding that it `multiplies`.
+        """
+        self._prepare()
+        kept: list[Tensor] = []
+        out_OI = torch.empty(matrix.shape)
+        self._library.rk_expand(ctypes.byref(_describe(matrix, kept)), out_OI.data_ptr())
+        return out_OI
 
     def experts(
         self, experts: "Sequence[tuple[Mlp, Tensor | None]]", x_TD: Tensor, *, dtype: torch.dtype
@@ -385,6 +402,8 @@ def library() -> ctypes.CDLL | None:
         found.rk_linear_room.restype = number
         found.rk_linear.argtypes = (ctypes.POINTER(_Matrix), pointer, number, pointer, pointer)
         found.rk_linear.restype = None
+        found.rk_expand.argtypes = (ctypes.POINTER(_Matrix), pointer)
+        found.rk_expand.restype = None
         found.rk_read.argtypes = (pointer, number)
         found.rk_read.restype = ctypes.c_uint64
         found.rk_experts_room.argtypes = (ctypes.POINTER(_Expert), number, ctypes.c_int)

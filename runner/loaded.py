@@ -17,6 +17,7 @@ import manifests
 from manifests import gguf_files
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
+from manifests.inventory import open_model
 from manifests.schema import PLAIN
 from runner import demo, kernels, quantised, trace
 from runner.budget import Budget
@@ -106,8 +107,8 @@ class LoadedModel:
     """A model over a checkpoint. Opening it reads descriptions only; weights are mapped when they are used.
 
     Args:
-        path: A resharded checkpoint, a plain checkpoint folder, or a GGUF model (its file, or a folder with one); None
-            for the embedded demo model.
+        path: A resharded checkpoint, a plain checkpoint folder, or a GGUF model (its file, any file of its split set,
+            or a folder with one); None for the embedded demo model.
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
@@ -303,7 +304,7 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     Raises:
         SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
         ManifestError, IntegrityError: It is damaged.
-        ToolkitError: It has quantised blocks, and the package gguf is not installed.
+        ToolkitError: It has quantised blocks of a rare type, and the package gguf is not installed.
         UnsupportedModelError: It is of another architecture, or is stored in a way that the runner does not read.
     """
     if path is None:
@@ -313,7 +314,7 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
     is_gguf = Path(path).suffix == gguf_files.SUFFIX
     if Path(path).is_file() and not is_gguf:
         raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
-    checkpoint = manifests.open(path)
+    checkpoint = open_model(path)
     if not checkpoint.config:
         _refuse_without_config(path, checkpoint)
     if faults := checkpoint.unreadable():
@@ -328,8 +329,6 @@ def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -
             f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
         )
     architecture = checkpoint.manifest.model.model_type
-    if architecture is None:
-        raise SourceNotFoundError(f"{path}: is one file of a split model; give the folder that has all of them")
     raise UnsupportedModelError(f"{path}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}")
 
 
@@ -339,14 +338,15 @@ def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
     Raises:
         UnsupportedModelError: They are of a type that is not known.
         IntegrityError: They are not what the checkpoint says.
-        ToolkitError: The package that expands them is not installed.
+        ToolkitError: No kernel expands them, and the package that does is not installed.
     """
     encoded = [one for file in checkpoint.manifest.files for one in file.tensors if one.encoding != PLAIN]
     for one in encoded:
         where = f"{checkpoint.root}: {one.name}"
         quantised.check_described(one.dtype, one.shape, one.logical_shape, one.encoding, where)
-    if encoded:
-        quantised.need_package(f"{checkpoint.root}: {encoded[0].name}", encoded[0].encoding)
+    foreign = next((one for one in encoded if not kernels.expands(one.encoding)), None)
+    if foreign is not None:
+        quantised.need_package(f"{checkpoint.root}: {foreign.name}", foreign.encoding)
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

@@ -1,8 +1,9 @@
 """Rows of ggml's quantised blocks: which of them can be expanded, and to what.
 
-A quantised matrix is stored as bytes, [O, row_bytes], and a row is a whole number of blocks. What the numbers in them
-are is asked of ggml's own package, `gguf`, which is an extra. `runner.kernels` multiplies by the common types as they
-are stored; this is their oracle, and the only way of the others. This file must not know names, files or layers.
+A quantised matrix is stored as bytes, [O, row_bytes], and a row is a whole number of blocks. `runner.kernels`
+multiplies by the common types as they are stored, and expands them; what the numbers of the others are is asked of
+ggml's own package, `gguf`, which is an extra, and so are those of all types where there are no kernels. This file must
+not know names, files or layers.
 
 Shapes: O rows, I numbers in a row.
 

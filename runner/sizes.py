@@ -1,6 +1,6 @@
 """What a checkpoint takes of memory and of a pass: the sizes that budgets and floors are counted with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from runner import kernels, machine
 from runner.breakeven import Costs
@@ -72,17 +72,13 @@ def plan_memory(
 
 def mtp_costs(contents: Contents, config: ModelConfig, mtp: MtpParts) -> Costs:
     """Bytes that steps, passes and guesses read."""
-
-    def needed(groups: Sequence[str]) -> int:
-        return sum(contents.group(group).needed_bytes for group in groups)
-
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     return Costs(
-        fixed=needed(pass_order(config.num_hidden_layers, head_of(config))),
+        fixed=contents.used_bytes(pass_order(config.num_hidden_layers, head_of(config))),
         layers=len(layers),
         experts=config.n_routed_experts,
         top=config.num_experts_per_tok,
         expert=contents.expert_bytes(layers),
         mtp_fixed=mtp.bytes_by_kind["dense"],
-        head=needed([head_of(config)]),
+        head=contents.used_bytes([head_of(config)]),
     )

@@ -4,8 +4,8 @@ Each head of kv_b_proj has rows that make its keys, then rows that make its valu
 ``k_b_proj``, [H, C, N], turned for each head, and the second as ``v_b_proj``, [H, V, C]. Attention reads kv_b_proj, so
 it is made of them, once for each layer, as float32: both have blocks along their last axis, which are not the rows of
 what is made, and float32 holds what they stand for exactly. The price is memory, which the budget counts: 8.4 MB for
-each of V2-Lite's 27 layers, 67 MB for each of V3's 61. This file must not know files or attention, and imports torch
-only to join: who asks for names may have none.
+each of V2-Lite's 27 layers, 67 MB for each of V3's 61; the halves are then let go. This file must not know files or
+attention, and imports torch only to join: who asks for names may have none.
 
 Shapes: H heads, C latent (kv_lora_rank), N key part without position, V value.
 """
@@ -46,8 +46,9 @@ def halves(name: str, names: Names) -> tuple[str, str] | None:
 
 
 def whole_of(name: str) -> str | None:
-    """Name of the kv_b_proj that this is the keys' half of; None for other tensors."""
-    return f"{name.removesuffix(_KEYS)}{_WHOLE}" if name.endswith(_KEYS) else None
+    """Name of the kv_b_proj that this is a half of; None for other tensors."""
+    half = next((half for half in (_KEYS, _VALUES) if name.endswith(half)), None)
+    return None if half is None else f"{name.removesuffix(half)}{_WHOLE}"
 
 
 def joined_bytes(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> int:

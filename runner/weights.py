@@ -54,7 +54,7 @@ class WeightStore:
         self._contents = contents
         self._files = contents.open_files()
         background = Background()
-        self._dense = DenseWeights(contents.group, order, Direct(self._files), background)
+        self._dense = DenseWeights(contents.group, contents.with_halves(order), Direct(self._files), background)
         way = WAYS[io](self._files)
         self._window = ExpertWindow(
             lambda key: contents.expert(key, way.alignment),
@@ -86,7 +86,7 @@ class WeightStore:
             expert_misses=counters.misses,
             wait_s=self._dense.wait_s + counters.wait_s,
             resident_bytes=self._window.held_bytes
-            + self._dense.read_bytes
+            + self._dense.held_bytes
             + sum(tensor.nbytes for tensor in self._joined.values()),
         )
 
@@ -110,7 +110,7 @@ class WeightStore:
     def matrix(self, prefix: str) -> Matrix:
         """``prefix.weight`` as it is stored, with ``prefix.weight_scale_inv`` when that is FP8.
 
-        What the checkpoint has in two halves is made of them, and kept; see `runner.split_kv`.
+        What the checkpoint has in two halves is made of them, and kept in their place; see `runner.split_kv`.
 
         Raises:
             ManifestError: The weight, or its scales, are not in the checkpoint.
@@ -121,6 +121,7 @@ class WeightStore:
             if name not in self._joined:
                 k_b, v_b = (self.matrix(part.removesuffix(".weight")) for part in parts)
                 self._joined[name] = split_kv.join(k_b, v_b)
+                self._dense.let_go(group_of(parts[0]))
             return Matrix(weight=self._joined[name], scale=None, name=name)
         scale = self.tensor(scale_name) if scale_name in self else None
         return stored_matrix(prefix, self.tensor(name), scale, self._contents.encoding(name))
@@ -160,8 +161,7 @@ class WeightStore:
 
     def dense_tensors(self) -> Iterator[Tensor]:
         """All dense weights that are in memory and that products read."""
-        used_up = {part for name in self._joined for part in split_kv.halves(name, self) or ()}
-        yield from (tensor for name, tensor in self._dense.tensors() if name not in used_up)
+        yield from self._dense.tensors()
         yield from self._joined.values()
 
     def forget_cached(self, experts: Sequence[Key]) -> None:

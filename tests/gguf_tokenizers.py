@@ -83,6 +83,16 @@ _V3_WORDS = (
 )
 
 
+_KIMI = (
+    r"\p{Han}+",
+    r"[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])*(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])+SHORT",
+    r"[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])+(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])*SHORT",
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+KIMI = "|".join(_KIMI).replace("SHORT", "(?:'[sS\u017f]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?")
+"""Kimi-K2's expression, without what few engines have: sets within sets, and case that is ignored."""
+
+
 def _class(ranges: str) -> str:
     ends = [[chr(int(end, 16)) for end in part.split("-")] for part in ranges.split()]
     return "[" + "".join("-".join(f"\\{end}" if end in "[]-^~!/:" else end for end in pair) for pair in ends) + "]"
@@ -105,6 +115,8 @@ def published(name: str) -> PreTokenizer:
         return ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "deepseek-v3":
         steps = _cut(r"\p{N}{1,3}", _class(_KANA) + "+", _V3_WORDS)
+    elif name == "kimi-k2":
+        steps = _cut(KIMI)
     else:
         words = (rf"\s?{_class(_LETTERS)}+", rf"\s?{_class(_PUNCTUATION)}+", r"\s+$", _class(_EASTERN) + "+")
         steps = [*_cut("[\r\n]", *words), Digits(individual_digits=True)]

@@ -288,6 +288,32 @@ void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y, flo
     pthread_mutex_unlock(&pool.caller);
 }
 
+typedef struct {
+    const rk_matrix *a;
+    int64_t size;
+    float *out;
+} expand_job;
+
+static void run_expand(const void *context, int64_t chunk)
+{
+    const expand_job *job = context;
+    const rk_matrix *a = job->a;
+    const int64_t begin = chunk * job->size, end = begin + job->size < a->rows ? begin + job->size : a->rows;
+    const uint8_t *row = (const uint8_t *)a->weight + begin * bytes_of(a->kind, a->columns);
+    for (int64_t r = begin; r < end; r++, row += bytes_of(a->kind, a->columns))
+        expand_blocks_c(a->kind, row, 0, a->columns, job->out + r * a->columns);
+}
+
+/* What rows of blocks stand for: out is [rows, columns]. The portable way will do: it is for rows of an embedding, and
+   for what is made once. */
+void rk_expand(const rk_matrix *a, float *out)
+{
+    const expand_job job = {a, chunk_rows(a, 0), out};
+    pthread_mutex_lock(&pool.caller);
+    run_chunks(run_expand, &job, count_chunks(a->rows, job.size), matrix_bytes(a));
+    pthread_mutex_unlock(&pool.caller);
+}
+
 #include "experts.h"
 #include "attention.h"
 #include "floor.h"

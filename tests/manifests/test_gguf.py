@@ -339,6 +339,10 @@ def test_what_is_no_regular_file(tmp_path: Path, deadline: None) -> None:
     os.mkfifo(tmp_path / "fifo.gguf")
     (tmp_path / "link.gguf").symlink_to("fifo.gguf")
     (tmp_path / "folder.gguf").mkdir()
-    for name in ("fifo", "link", "folder", "absent"):
-        with pytest.raises(SourceNotFoundError):
-            read_gguf(tmp_path / f"{name}.gguf")
+    (tmp_path / "nowhere.gguf").symlink_to("absent.gguf")
+    told = dict.fromkeys(("fifo", "link", "folder"), "not a regular file")
+    for name, says in (told | dict.fromkeys(("absent", "nowhere"), "no such file")).items():
+        path = tmp_path / f"{name}.gguf"
+        with pytest.raises(SourceNotFoundError) as caught:
+            read_gguf(path)
+        assert str(caught.value) == f"{path}: {says}"

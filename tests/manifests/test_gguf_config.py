@@ -68,10 +68,9 @@ def opened(path: Path, config: Config, **how: Any) -> manifests.Checkpoint:
     return manifests.open(path)
 
 
-# Converters that do not write beta_fast lose Kimi's, and nobody can tell.
-@pytest.mark.parametrize(
-    ("model", "new"), [(model, new) for model in MODELS for new in (False, True) if new or model != "kimi"]
-)
+# Converters that do not write beta_fast lose Kimi's, which only its number of experts tells.
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("model", MODELS)
 def test_the_runner_sees_the_model_that_was_converted(model: str, new: bool, tmp_path: Path) -> None:
     config = MODELS[model]
     checkpoint = opened(tmp_path / "x.gguf", config, new=new)

@@ -286,6 +286,10 @@ def test_what_is_no_regular_file(tmp_path: Path, deadline: None) -> None:
     os.mkfifo(tmp_path / "fifo.safetensors")
     (tmp_path / "link.safetensors").symlink_to("fifo.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    for name in ("fifo", "link", "folder", "absent"):
-        with pytest.raises(SourceNotFoundError):
-            read_header(tmp_path / f"{name}.safetensors")
+    (tmp_path / "nowhere.safetensors").symlink_to("absent.safetensors")
+    told = dict.fromkeys(("fifo", "link", "folder"), "not a regular file")
+    for name, says in (told | dict.fromkeys(("absent", "nowhere"), "no such file")).items():
+        path = tmp_path / f"{name}.safetensors"
+        with pytest.raises(SourceNotFoundError) as caught:
+            read_header(path)
+        assert str(caught.value) == f"{path}: {says}"

@@ -22,7 +22,7 @@ def budget_of(ram: int) -> Budget:
 
 
 def foretell(budget: Budget, rates: Rates = RATES) -> Forecast:
-    return forecast(CONFIG, SIZES, fixed_bytes=FIXED, budget=budget, rates=rates)
+    return forecast(CONFIG, SIZES, fixed_bytes=FIXED, stored_bytes=FIXED, budget=budget, rates=rates)
 
 
 def test_a_machine_that_holds_the_dense_part_waits_for_its_disk() -> None:
@@ -66,5 +66,7 @@ def test_a_model_without_routed_experts() -> None:
     sizes = Sizes(dense=1_000_000_000, expert=0, slot=0, experts=0, layers=61)
     here: Machine = HERE
     budget = plan_budget(config, sizes, ram=None, ctx=None, here=here, process=0, is_compiled=True)
-    found = forecast(config, sizes, fixed_bytes=1_000_000_000, budget=budget, rates=RATES)
+    found = forecast(config, sizes, fixed_bytes=1_000_000_000, stored_bytes=250_000_000, budget=budget, rates=RATES)
     assert (found.routed_bytes, found.hit_rate) == (0, 1.0)
+    # The disk need not have what products read: it may be made of less.
+    assert (found.warm_s, found.cold_s) == (pytest.approx(1 / 35), pytest.approx(0.25 / 2))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import json
+import shutil
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +40,10 @@ from runner import kernels, split_kv
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
 from runner.engine import Engine
+from runner.fp8 import Matrix
+from runner.layout import HUGE_PAGE_BYTES
 from runner.loaded import LoadedModel, open_checkpoint
+from runner.memory import Region
 from runner.model import Model
 from runner.parameters import Parameters
 from runner.sizes import measure, routed_experts
@@ -74,6 +80,11 @@ def k_types(name: str, shape: tuple[int, ...]) -> Type:
     return Type.Q6_K if name == "output.weight" or "down" in name or "attn_q" in name else Type.Q4_K
 
 
+def rare(name: str, shape: tuple[int, ...]) -> Type:
+    """One type that no kernel multiplies by, in a model of others."""
+    return Type.TQ2_0 if name.endswith("attn_output.weight") else mixed(name, shape)
+
+
 KINDS: dict[str, Kinds] = {
     "F32": one(Type.F32),
     "F16": one(Type.F16),
@@ -81,6 +92,7 @@ KINDS: dict[str, Kinds] = {
     "Q8_0": one(Type.Q8_0),
     "mixed": mixed,
     "K": k_types,
+    "rare": rare,
 }
 
 
@@ -263,9 +275,27 @@ def test_a_folder_with_one_model_whole_or_split(cases: Cases, tmp_path: Path) ->
     split = cases("v3", "mixed", split_max_tensors=11)
     (first, *others) = sorted(split.gguf.parent.glob("*.gguf"))
     assert others
-    assert torch.equal(logits(first.parent), case.expected)
-    with pytest.raises(SourceNotFoundError, match="one file of a split model; give the folder"):
-        LoadedModel(first)
+    for path in (first.parent, first, *others):
+        assert torch.equal(logits(path), case.expected)
+
+
+def test_a_file_of_a_set_that_is_not_whole(cases: Cases, tmp_path: Path, call: Callable[..., Result]) -> None:
+    for path in cases("v3", "mixed", split_max_tensors=11).gguf.parent.glob("*.gguf"):
+        shutil.copy(path, tmp_path)
+    first, *others = sorted(tmp_path.iterdir())
+    renamed = tmp_path / "other.gguf"
+    shutil.copy(others[0], renamed)
+    others[-1].unlink()
+    for path in (first, others[0]):
+        result = call("logits", "-m", path, "--ids", "1")
+        assert (result.exit_code, result.stdout) == (10, "")
+        missing = f"files of a split model are missing, first {others[-1].name}; download them, or give them back their"
+        assert missing in result.stderr
+    result = call("logits", "-m", others[-1], "--ids", "1")
+    assert (result.exit_code, result.stderr) == (10, f"runner: {others[-1]}: no such file or folder\n")
+    result = call("logits", "-m", renamed, "--ids", "1")
+    assert result.exit_code == 12
+    assert f"{renamed}: is one file of a split model, and its name does not say which the others are" in result.stderr
 
 
 def test_what_is_made_of_the_halves_is_counted(cases: Cases) -> None:
@@ -276,14 +306,73 @@ def test_what_is_made_of_the_halves_is_counted(cases: Cases) -> None:
         checkpoint = open_checkpoint(case.gguf)
         config = ModelConfig.from_dict(checkpoint.config)
         sizes.append(measure(Contents(checkpoint), config, "direct").dense)
-    assert sizes[0] - sizes[1] == made
+    # And two pairs of halves: those that are being joined, and the next.
+    assert sizes[0] - sizes[1] == made + 2 * HUGE_PAGE_BYTES
     _, store = in_window(halves.gguf, None, "direct", 64)
     _, other = in_window(whole.gguf, None, "direct", 64)
     dense = [sum(tensor.nbytes for tensor in one.dense_tensors()) for one in (store, other)]
     # Whoever reads all dense weights for a token reads the joined ones, in float32, and not the halves.
     assert dense[0] - dense[1] == made // 2
     held = [one.usage.resident_bytes - one.usage.read_bytes for one in (store, other)]
-    assert held[0] - held[1] == made
+    assert held[0] - held[1] == made - made // 2  # what was read of the halves is not there any more
+    groups = pass_order(3)
+    contents = [Contents(open_checkpoint(case.gguf)) for case in (halves, whole)]
+    assert [one.used_bytes(groups) for one in contents] == dense
+    assert contents[0].stored_bytes(groups) == contents[1].stored_bytes(groups)
+
+
+@pytest.mark.parametrize("kinds", ["F32", "K"])
+def test_halves_are_let_go_once_they_are_joined(cases: Cases, monkeypatch: pytest.MonkeyPatch, kinds: str) -> None:
+    """On the memory itself: at every join, and at the end, no more is there than the budget says."""
+    case = cases("v3", kinds, new=True)
+    regions: list[tuple[weakref.ref[object], int]] = []
+    moments: list[int] = []
+
+    class Watched(Region):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            regions.append((weakref.ref(self._bytes), self.size))
+
+    def live() -> int:
+        return sum(size for region, size in regions if region() is not None)
+
+    def watched_join(k_b: Matrix, v_b: Matrix) -> Tensor:
+        made = join(k_b, v_b)
+        moments.append(live() + (len(moments) + 1) * made.nbytes)
+        return made
+
+    join = split_kv.join
+    monkeypatch.setattr(split_kv, "join", watched_join)
+    monkeypatch.setattr("runner.dense.Region", Watched)
+    loaded = LoadedModel(case.gguf, ctx=64, io="direct", ram=4 << 30)
+    for _ in range(2):
+        assert torch.equal(loaded.logits(IDS), case.expected)
+        assert len(moments) == 3
+        kept = [loaded.contents.group(group).size for group in pass_order(3)]
+        assert live() == sum(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES for size in kept)
+        assert live() + 3 * 4 * (32 + 64) * 64 * 4 <= loaded.budget.dense - 2 * HUGE_PAGE_BYTES
+        assert max(moments) <= loaded.budget.dense
+        assert len(regions) == 8  # three layers and their halves, norm and head
+
+
+def test_halves_are_read_ahead_once_and_again_by_name(cases: Cases) -> None:
+    case = cases("v3", "F32", new=True)
+    contents = Contents(open_checkpoint(case.gguf))
+    sizes = {group: contents.group(group).needed_bytes for group in contents.with_halves(pass_order(3))}
+    halves = "model.layers.{}.self_attn.kv_b_proj"
+    store = WeightStore(contents, order=pass_order(3))
+    store.tensor("model.layers.0.input_layernorm.weight")
+    expected = sizes["model.layers.0"] + sizes[halves.format(0)] + sizes["model.layers.1"]
+    assert store.usage.read_bytes == expected
+    whole = store.matrix(halves.format(1)).weight.view(4, 96, 64)
+    expected += sizes[halves.format(1)] + sizes["model.layers.2"] + sizes[halves.format(2)]
+    assert store.usage.read_bytes == expected
+    # They are behind these, but were used already.
+    store.matrix(halves.format(0))
+    assert store.usage.read_bytes == expected
+    assert torch.equal(store.tensor("model.layers.1.self_attn.k_b_proj.weight"), whole[:, :32].mT)
+    assert torch.equal(store.tensor("model.layers.1.self_attn.v_b_proj.weight"), whole[:, 32:])
+    assert store.usage.read_bytes == expected + sizes[halves.format(1)]
 
 
 def test_halves_of_the_wrong_sizes_are_refused_though_their_sum_is_right(cases: Cases) -> None:
@@ -338,21 +427,39 @@ def test_another_architecture_is_named(cases: Cases, tmp_path: Path) -> None:
         LoadedModel(tmp_path / "x.gguf")
 
 
-def test_the_package_is_asked_for_at_opening(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+@pytest.mark.parametrize("way", ["rare types", "nothing compiled"])
+def test_the_package_is_asked_for_at_opening(
+    cases: Cases, monkeypatch: pytest.MonkeyPatch, way: str, request: pytest.FixtureRequest
+) -> None:
+    plain, case = cases("v3", "F16"), cases("v3", "rare" if way == "rare types" else "mixed")
+    if way == "nothing compiled":
+        request.getfixturevalue("torch_alone")
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
-        ToolkitError, match=r"needs the package gguf; install it with: pip install 'expert-reshard\[gguf\]'"
+        ToolkitError,
+        match=r"(TQ2_0|Q4_0).*needs the package gguf; install it with: pip install 'expert-reshard\[gguf\]'",
     ):
-        LoadedModel(cases("v3", "mixed").gguf)
-    assert LoadedModel(cases("v3", "F16").gguf).root
+        LoadedModel(case.gguf)
+    assert LoadedModel(plain.gguf).root
+
+
+@pytest.mark.skipif(not kernels.supported(), reason="expanding without the package needs the kernels")
+@pytest.mark.parametrize("kinds", ["mixed", "K", "Q8_0"])
+@pytest.mark.parametrize("new", [True, False], ids=["halves", "whole"])
+def test_the_common_types_need_no_package(cases: Cases, monkeypatch: pytest.MonkeyPatch, kinds: str, new: bool) -> None:
+    case = cases("v3", kinds, new=new)
+    expected = case.expected
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError):
+        importlib.import_module("gguf")
+    assert torch.equal(logits(case.gguf), expected)
 
 
 def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = manifests.open(cases("v3", "mixed").gguf)
     entry = next(one for one in checkpoint.manifest.files[0].tensors if one.encoding == "Q4_0")
     object.__setattr__(entry, "logical_shape", (*entry.logical_shape[:-1], entry.logical_shape[-1] + 32))
-    monkeypatch.setattr(manifests, "open", lambda path: checkpoint)
+    monkeypatch.setattr("runner.loaded.open_model", lambda path: checkpoint)
     with pytest.raises(IntegrityError, match=r"in Q4_0 and stored as U8 .* 18 bytes, so the checkpoint is damaged"):
         open_checkpoint(checkpoint.root)
 

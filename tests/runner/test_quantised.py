@@ -96,6 +96,7 @@ def test_all_types_that_can_be_expanded_are_there() -> None:
     assert set(quantised.BLOCKS) == known - {"BF16"}
 
 
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("encoding", quantised.BLOCKS)
 def test_expanding_is_what_ggml_says(encoding: str) -> None:
     for rows, blocks in SHAPES:
@@ -325,4 +326,15 @@ def test_without_the_package_only_the_compiled_types_work(monkeypatch: pytest.Mo
     with pytest.raises(ToolkitError, match=r"a\.weight is encoded as Q2_K.*pip install 'expert-reshard\[gguf\]'"):
         linear(torch.ones(1, 256), replace(blocks_of("Q2_K", 2, 1), name="a.weight"))
     if kernels.active() is not None:
-        assert linear(torch.ones(1, 256), blocks_of("Q4_K", 2, 1)).shape == (1, 2)
+        for encoding in COMPILED:
+            matrix = blocks_of(encoding, 2, 256 // quantised.BLOCKS[encoding][0])
+            assert linear(torch.ones(1, 256), matrix).shape == (1, 2)
+            assert dequantize(matrix).shape == (2, 256)
+
+
+@with_kernels
+def test_many_rows_are_expanded_in_chunks_whatever_the_threads() -> None:
+    matrix = blocks_of("Q4_K", 5000, 3)  # 2 MB
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(dequantize(matrix), expanded(matrix))

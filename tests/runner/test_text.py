@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 import manifests
@@ -176,11 +180,53 @@ def test_a_fault_of_a_gguf_files_template_names_the_file(tmp_path: Path) -> None
 
 def test_memory_of_the_tokenizer(tmp_path: Path, text_folder: Folder) -> None:
     folder = text_folder()
-    assert tokenizer_bytes(Auxiliary(LocalFolder(folder))) == 9 * (folder / "tokenizer.json").stat().st_size
+    raw = (folder / "tokenizer.json").read_bytes()
+    assert tokenizer_bytes(Auxiliary(LocalFolder(folder))) == len(raw) + 150 * raw.count(b'"')
     assert tokenizer_bytes(Auxiliary(LocalFolder(tmp_path))) == 0
+    (tmp_path / "tokenizer.json").symlink_to(__file__)  # a link that leaves the folder
+    assert tokenizer_bytes(Auxiliary(LocalFolder(tmp_path))) == 0
+    (tmp_path / "tokenizer.json").unlink()
     write_tokenizer(tmp_path / "model.gguf", train("deepseek-v3", ["abc"]), "deepseek-v3")
     size = (tmp_path / "model.gguf").stat().st_size
     assert tokenizer_bytes(manifests.open(tmp_path).auxiliary) == 17 * size
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from manifests.auxiliary import Auxiliary
+from manifests.folder import LocalFolder
+from runner.text import _read_tokenizer, tokenizer_bytes
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+auxiliary = Auxiliary(LocalFolder(Path(sys.argv[1])))
+expected = tokenizer_bytes(auxiliary)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+tokenizer = _read_tokenizer(auxiliary)
+print(expected, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak can be measured on Linux alone")
+@pytest.mark.parametrize("indent", [None, 2], ids=["compact", "indented"])
+@pytest.mark.parametrize("merges", ["strings", "pairs"])
+def test_memory_of_a_large_tokenizer_however_it_is_written(tmp_path: Path, indent: int | None, merges: str) -> None:
+    letters = sorted(ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters[:200]]
+    pairs += [(a + b, c) for a, b in pairs[:50] for c in letters]
+    document = json.loads(Tokenizer(models.BPE()).to_str())
+    tokens = [*letters, *(left + right for left, right in pairs)]
+    document["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
+    document["model"]["merges"] = [list(pair) if merges == "pairs" else " ".join(pair) for pair in pairs]
+    separators = None if indent else (",", ":")
+    text = json.dumps(document, ensure_ascii=False, indent=indent, separators=separators)
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
+    expected, peak = map(int, result.stdout.split())
+    assert peak <= expected <= 1.6 * peak
 
 
 # --- ids and text ---

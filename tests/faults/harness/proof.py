@@ -36,4 +36,4 @@ def _is_left_out(path: str) -> bool:
 
 
 def _without_shards(tree: Tree) -> Tree:
-    return {path: what for path, what in tree.items() if not path.endswith(".safetensors")}
+    return {path: what for path, what in tree.items() if not path.endswith((".safetensors", ".gguf"))}

@@ -17,7 +17,7 @@ from harness import child
 from harness.child import Ended
 from harness.faults import Fault
 from harness.model import Model
-from harness.source import build
+from harness.source import build, build_gguf
 from harness.tree import Tree, difference, read_tree, write_sparse
 
 Command = tuple[str, ...]
@@ -41,6 +41,7 @@ class Scenario:
         reader: What a reader is asked to open while the command is under way; None when there is no such folder.
         direct: Whether O_DIRECT can be had.
         sizes: Of the source, see `source.build`.
+        gguf: Whether the source is GGUF files.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Scenario:
     reader: str | None = "dst"
     direct: bool = True
     sizes: dict[str, int] = field(default_factory=dict)
+    gguf: bool = False
 
 
 def _remove_source(root: Path) -> None:
@@ -115,6 +117,16 @@ SCENARIOS = {
         Scenario(
             name="unpack", command=("reshard", "unpack", "dst", "-q"), before=((*RUN, "--codec", "zstd"),), reader=None
         ),
+        Scenario(name="run-gguf", command=(*RUN, *SERIAL), intact=("src",), gguf=True),
+        Scenario(name="consume-gguf", command=(*RUN, *CONSUME, *SERIAL), gguf=True),
+        Scenario(
+            name="restore-gguf",
+            command=(*RESTORE, *CONSUME, *SERIAL),
+            before=(RUN,),
+            change=_remove_source,
+            done_codes=(0, 10),
+            gguf=True,
+        ),
         Scenario(name="run-large", command=RUN, intact=("src",), sizes=LARGE),
         Scenario(name="consume-large", command=(*RUN, *CONSUME), sizes=LARGE),
     )
@@ -133,7 +145,10 @@ class Stage:
         self.scenario = scenario
         self.root, self.graveyard = work / "root", work / "graveyard"
         self.clear()
-        build(self.root / "src", **scenario.sizes)
+        if scenario.gguf:
+            build_gguf(self.root / "src")
+        else:
+            build(self.root / "src", **scenario.sizes)
         self.source: Tree = read_tree(self.root / "src")
         for command in scenario.before:
             self._must(self.run(command, Model(str(self.root)), Fault()), command)
