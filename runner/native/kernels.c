@@ -138,7 +138,9 @@ static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, in
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
 #define BLOCK_FACTORS(kind, block, factor) factors_c(kind, block, factor)
-#define STRETCH_OF(kind, block, j, factor, out) stretch_c(kind, block, j, factor, out)
+#define SPAN STRETCH
+#define SPAN_OF(kind, block, j, factor, out) stretch_c(kind, block, j, factor, out)
+#define STRETCH_OF(kind, block, out) small_block_c(kind, block, out)
 #define BLOCK_STREAMS 1
 #define BLOCKS(x) x##_c
 #include "quantised_rows.h"
