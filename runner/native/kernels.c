@@ -215,7 +215,7 @@ int rk_start(int variant, int threads)
 
 #define CHUNK_BYTES (1 << 19) /* of weights: small enough to share out evenly, large enough to stream */
 
-#define LONE_CHUNKS 8         /* of each thread */
+#define LONE_CHUNKS 4         /* of each thread */
 
 /* Rows of a chunk, a multiple of 32. With packed activations 32 rows ask for the next 32, and those behind a chunk's end
    are another thread's: so chunks are long, but each thread has four. */
