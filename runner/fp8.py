@@ -7,7 +7,8 @@ This file must not know names, files or layers.
 Shapes: T tokens, I inputs, O outputs, (bo, bi) rows and columns of one block.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Matrix:
         block: (bo, bi). It comes from config.json: 192 rows with 2 rows of scales do not tell 96 from 128.
         name: For messages.
         encoding: ``plain``, or the block type of `quantised.BLOCKS` that the bytes are.
+        described: Kept by `runner.kernels` for its next product.
     """
 
     weight: Tensor
@@ -39,6 +41,7 @@ class Matrix:
     block: tuple[int, int] = (128, 128)
     name: str = "a weight"
     encoding: str = PLAIN
+    described: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,7 +157,7 @@ def linear(x: Tensor, matrix: Matrix, *, dtype: torch.dtype = torch.float32) -> 
 
 def round_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 activations to ``dtype`` and back; the identity for float32."""
-    return x.to(dtype).to(torch.float32)
+    return x if dtype is torch.float32 else x.to(dtype).to(torch.float32)
 
 
 def check(matrix: Matrix) -> None:

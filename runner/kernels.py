@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -362,6 +362,8 @@ class Kernels:
 
 def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:
     """A matrix for C; what must live as long is added to ``kept``."""
+    if matrix.described:
+        return cast(_Matrix, matrix.described[0])
     weight, scale = matrix.weight.contiguous(), matrix.scale
     kept.append(weight)
     if scale is not None:
@@ -369,9 +371,12 @@ def _describe(matrix: "Matrix", kept: list[Tensor]) -> _Matrix:
         kept.append(scale)
     rows, columns = matrix.shape
     kind = _KINDS[weight.dtype] if matrix.encoding == PLAIN else _ENCODED_KINDS[matrix.encoding]
-    return _Matrix(
+    found = _Matrix(
         weight.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, *matrix.block, kind, 0
     )
+    if weight is matrix.weight and scale is matrix.scale:  # which live as long as the matrix
+        matrix.described.append(found)
+    return found
 
 
 def _describe_expert(mlp: "Mlp", token: Tensor | None, y: Tensor, kept: list[Tensor]) -> _Expert:

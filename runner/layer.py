@@ -25,6 +25,7 @@ class DecoderLayer:
         self._prefix = f"model.layers.{layer}"
         self._dtype = dtype
         self._attention = Attention(config, parameters, layer, dtype=dtype)
+        self._norms: dict[str, Tensor] = {}
         dense = layer < config.first_k_dense_replace
         self._moe = None if dense else MoE(config, parameters, layer, dtype=dtype)
 
@@ -43,5 +44,8 @@ class DecoderLayer:
             x_TD[block] += swiglu(normed_tD, self._parameters, f"{self._prefix}.mlp", width, dtype=self._dtype)
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
-        weight = self._parameters.vector(f"{self._prefix}.{name}.weight", self._config.hidden_size)
+        weight = self._norms.get(name)
+        if weight is None:
+            weight = self._parameters.vector(f"{self._prefix}.{name}.weight", self._config.hidden_size)
+            self._norms[name] = weight
         return rms_norm(x_TD, weight, self._config.rms_norm_eps)

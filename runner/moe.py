@@ -82,6 +82,7 @@ class MoE:
         self._shared_width = config.moe_intermediate_size * config.n_shared_experts
         self._dtype = dtype
         self._router = Router(config, parameters, layer)
+        self._shared_experts: list[Mlp] | None = None
 
     def __call__(self, x_TD: Tensor, observer: Observer | None = None) -> Tensor:
         """Give the weighted sum of the chosen experts, by ascending id, plus the shared; [T, D] float32."""
@@ -133,9 +134,11 @@ class MoE:
             _add([Part(y=y) for y in _mlps(shared, x_tD, self._dtype)], out_tD)
 
     def _shared(self, hidden: int) -> list[Mlp]:
-        if not self._shared_width:
-            return []
-        return [self._parameters.mlp(f"{self._prefix}.shared_experts", self._shared_width, hidden)]
+        if self._shared_experts is None:
+            prefix = f"{self._prefix}.shared_experts"
+            has_some = self._shared_width > 0
+            self._shared_experts = [self._parameters.mlp(prefix, self._shared_width, hidden)] if has_some else []
+        return self._shared_experts
 
 
 def _of_block(token: Tensor, weight: Tensor, begin: int) -> tuple[Tensor, Tensor]:
@@ -160,6 +163,11 @@ def _add(parts: list[Part], out_TD: Tensor) -> None:
 
 def _by_expert(routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each chosen expert by ascending id, with its tokens and their weights."""
+    if len(routing.expert_ids) == 1:  # what follows takes a while, and a token's experts ascend
+        token = torch.zeros(1, dtype=torch.int64)
+        for expert, weight in zip(routing.expert_ids[0].tolist(), routing.weights[0].split(1), strict=True):
+            yield expert, token, weight
+        return
     # Stable, so that an expert's tokens keep their order.
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)

@@ -109,6 +109,7 @@ class ExpertWindow:
         self._pinned = 0
         self._slots = [_Slot() for _ in range(slots)]
         self._unused = list(range(slots - 1, -1, -1))
+        self._is_torn = False  # a use is under way, or was interrupted
 
     @property
     def held(self) -> Collection[Key]:
@@ -130,6 +131,7 @@ class ExpertWindow:
         Raises:
             ToolkitError: See `groups`.
         """
+        self._is_torn = True
         for at in range(0, len(keys), GROUP_EXPERTS):
             some = keys[at : at + GROUP_EXPERTS]
             self._want(some)
@@ -140,6 +142,7 @@ class ExpertWindow:
                 self._policy.unlock(some)
             self._policy.pin(some)
             self._pinned += len(some)
+        self._is_torn = False
 
     def groups(self, layer: int, experts: Sequence[int]) -> Iterator[Iterator[list[HeldExpert]]]:
         """Give the experts of one layer, in groups that follow their order; the next group arrives meanwhile.
@@ -151,7 +154,9 @@ class ExpertWindow:
             ToolkitError: What `layout_of` raised, or the disk gave; see `reading.Way.load`.
             IntegrityError: A file was cut while its expert was in use.
         """
-        self._mend()
+        if self._is_torn:
+            self._mend()
+        self._is_torn = True
         slots = self.slots - self._pinned
         size = min(slots, GROUP_EXPERTS)
         if len(experts) > size:
@@ -178,6 +183,7 @@ class ExpertWindow:
             self._policy.unlock(kept)
             for some in asked:
                 self._policy.unlock(some)
+        self._is_torn = False
 
     def _want(self, keys: Sequence[Key]) -> None:
         """Lock these experts and ask for those that are missing, in this order."""

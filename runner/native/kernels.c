@@ -138,7 +138,9 @@ static __attribute__((noinline)) void decode_some(int kind, const uint8_t *w, in
 #define FP8_UNIT 1.0f
 #define HAS_NAN(table) table
 #define BLOCK_FACTORS(kind, block, factor) factors_c(kind, block, factor)
-#define STRETCH_OF(kind, block, j, factor, out) stretch_c(kind, block, j, factor, out)
+#define SPAN STRETCH
+#define SPAN_OF(kind, block, j, factor, out) stretch_c(kind, block, j, factor, out)
+#define STRETCH_OF(kind, block, out) small_block_c(kind, block, out)
 #define BLOCK_STREAMS 1
 #define BLOCKS(x) x##_c
 #include "quantised_rows.h"
@@ -213,6 +215,8 @@ int rk_start(int variant, int threads)
 
 #define CHUNK_BYTES (1 << 19) /* of weights: small enough to share out evenly, large enough to stream */
 
+#define LONE_CHUNKS 4         /* of each thread */
+
 /* Rows of a chunk, a multiple of 32. With packed activations 32 rows ask for the next 32, and those behind a chunk's end
    are another thread's: so chunks are long, but each thread has four. */
 static int64_t chunk_rows(const rk_matrix *a, int is_packed)
@@ -221,6 +225,13 @@ static int64_t chunk_rows(const rk_matrix *a, int is_packed)
     if (is_packed && rows < a->rows / (4 * pool.threads))
         rows = a->rows / (4 * pool.threads);
     return rows < 32 ? 32 : rows & ~(int64_t)31;
+}
+
+/* The same where no other matrix evens out which thread ends last: each has several. */
+static int64_t lone_chunk_rows(const rk_matrix *a, int is_packed)
+{
+    const int64_t rows = chunk_rows(a, is_packed), few = a->rows / (LONE_CHUNKS * pool.threads) & ~(int64_t)31;
+    return is_packed || few > rows ? rows : few < 32 ? 32 : few;
 }
 
 static int64_t matrix_bytes(const rk_matrix *a) { return a->rows * bytes_of(a->kind, a->columns); }
@@ -280,7 +291,7 @@ int64_t rk_linear_room(const rk_matrix *a, int64_t tokens)
 void rk_linear(const rk_matrix *a, const float *x, int64_t tokens, float *y, float *room)
 {
     uint16_t *packed = room && is_packed(a, tokens) ? (uint16_t *)room : NULL;
-    const linear_job job = {a, x, packed, tokens, chunk_rows(a, packed != NULL), y};
+    const linear_job job = {a, x, packed, tokens, lone_chunk_rows(a, packed != NULL), y};
     pthread_mutex_lock(&pool.caller);
     if (packed)
         run_chunks(run_pack, &job, count_pieces(a->columns), tokens * a->columns * (int64_t)sizeof *x);

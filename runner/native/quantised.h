@@ -141,3 +141,9 @@ static inline __attribute__((always_inline)) void stretch_c(
             out[i / 4] += set_c(add);
     }
 }
+
+static inline __attribute__((always_inline)) void small_block_c(const int kind, const uint8_t *block, lanes_c *out)
+{
+    const float none[FACTORS] = {0};
+    stretch_c(kind, block, 0, none, out);
+}

@@ -83,7 +83,9 @@ TARGET_AVX2 static inline __attribute__((always_inline)) void decode_avx2(
 #define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx2(table)
 #define BLOCK_FACTORS(kind, block, factor) factors_avx2(kind, block, factor)
-#define STRETCH_OF(kind, block, j, factor, out) stretch_avx2(kind, block, j, factor, out)
+#define SPAN STRETCH
+#define SPAN_OF(kind, block, j, factor, out) stretch_avx2(kind, block, j, factor, out)
+#define STRETCH_OF(kind, block, out) small_block_avx2(kind, block, out)
 #define BLOCK_STREAMS 2
 #define BLOCKS(x) x##_avx2
 #include "quantised_rows.h"
@@ -151,7 +153,9 @@ TARGET_AVX512 static inline __attribute__((always_inline)) void decode_avx512(
 #define FP8_UNIT FP8_AS_F16
 #define HAS_NAN(table) has_nan_avx512(table)
 #define BLOCK_FACTORS(kind, block, factor) factors_avx512(kind, block, factor)
-#define STRETCH_OF(kind, block, j, factor, out) stretch_avx512(kind, block, j, factor, out)
+#define SPAN LINE
+#define SPAN_OF(kind, block, j, factor, out) line_avx512(kind, block, j, factor, out)
+#define STRETCH_OF(kind, block, out) small_block_avx512(kind, block, out)
 #define BLOCK_STREAMS 4
 #define BLOCKS(x) x##_avx512
 #include "quantised_rows.h"

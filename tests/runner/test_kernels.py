@@ -509,3 +509,16 @@ def test_a_library_of_another_machine_is_as_good_as_none(tmp_path: Any, monkeypa
     (tmp_path / "_native.so").write_bytes(b"\x7fELF of something else")
     monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
     assert kernels.library.__wrapped__() is None
+
+
+def test_what_is_kept_of_a_matrix_is_not_another_ones(compiled: Kernels) -> None:
+    """A matrix that was multiplied by, with other weights or another block; one whose rows lie apart is read anew."""
+    x = seeded(1, 256)
+    first = Matrix(weight=seeded(8, 256), scale=None)
+    compiled.linear(x, first)
+    second = replace(first, weight=seeded(8, 256, seed=1))
+    assert torch.equal(compiled.linear(x, second), compiled.linear(x, Matrix(weight=second.weight, scale=None)))
+    apart = Matrix(weight=seeded(8, 512)[:, :256], scale=None)
+    compiled.linear(x, apart)
+    apart.weight.mul_(2)
+    assert torch.equal(compiled.linear(x, apart), compiled.linear(x, Matrix(weight=apart.weight, scale=None)))

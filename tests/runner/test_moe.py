@@ -13,8 +13,9 @@ from torch.nn.functional import silu
 
 from manifests.errors import IncompleteError
 from runner.config import ModelConfig
-from runner.moe import MoE
+from runner.moe import MoE, _by_expert
 from runner.parameters import Parameters
+from runner.router import Routing
 
 Tiny = Callable[[str], dict[str, Tensor]]
 Configs = dict[str, dict[str, Any]]
@@ -119,3 +120,14 @@ def test_a_model_without_shared_experts(reference: SimpleNamespace, tiny_configs
     x = tokens(with_shared, 2)
     assert not torch.allclose(build(store, without)(x), build(reference.tiny.DictStore(weights), with_shared)(x))
     assert not [name for name in store.asked if "shared" in name]
+
+
+def test_one_token_is_grouped_as_it_is_among_others() -> None:
+    ids, weights = torch.tensor([[1, 4, 9], [0, 4, 7]]), torch.rand(2, 3)
+    one = list(_by_expert(Routing(expert_ids=ids[:1], weights=weights[:1])))
+    both = {expert: (token, weight) for expert, token, weight in _by_expert(Routing(expert_ids=ids, weights=weights))}
+    assert [expert for expert, _, _ in one] == [1, 4, 9]
+    for expert, token, weight in one:
+        among_token, among_weight = both[expert]
+        assert torch.equal(token, among_token[:1])
+        assert torch.equal(weight, among_weight[:1])
