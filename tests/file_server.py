@@ -88,8 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         declared = len(answer.body) if answer.declared is None else answer.declared
         self.send_header("Content-Length", str(declared))
         self.end_headers()
-        self.wfile.write(answer.body)
+        # Before it is sent: who asked may be done before this goes on.
         self.served.sent_bytes += len(answer.body)
+        self.wfile.write(answer.body)
         if answer.reset:
             # No polite end: what the other side reads next is an error.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
