@@ -28,6 +28,7 @@ from runner.cli_options import (
     note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
+    note_offline,
     note_speculation,
     read_text,
     require_stdout,
@@ -95,6 +96,7 @@ def generate(
     mtp_input: Any,
     ctx: int | None,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -126,12 +128,14 @@ def generate(
         ctx=ctx,
         ram=ram,
         io=io,
+        cache_size=cache_size,
         pin=pin,
         dtype=as_dtype(dtype),
         speculate=speculate,
         draft_tokens=draft_tokens,
         mtp_input=mtp_input,
     )
+    note_offline(loaded, quiet=quiet)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
