@@ -233,8 +233,15 @@ def _files(folder: Path, *, with_temporary: bool = False) -> Iterator[Path]:
                 path.unlink(missing_ok=True)
 
 
+def _open(path: Path) -> Mirror | None:
+    """A mirror, unless it went meanwhile or is none."""
+    with suppress(FileNotFoundError):
+        return Mirror.open(path)
+    return None
+
+
 def _victims_of(path: Path) -> Iterator[_Victim]:
-    mirror = Mirror.open(path)
+    mirror = _open(path)
     if mirror is None:
         return
     with closing(mirror):
@@ -255,7 +262,7 @@ def _goes_with(first: Entry, last: Entry, new: Entry) -> bool:
 
 def _free(victim: _Victim) -> int:
     """Free these pieces, unless somebody uses them or used them since; how many bytes that gave."""
-    mirror = Mirror.open(victim.path)
+    mirror = _open(victim.path)
     if mirror is None:
         return 0
     with closing(mirror):
@@ -268,7 +275,7 @@ def _free(victim: _Victim) -> int:
 
 def _count_mirror(path: Path, *, repair: bool) -> int:
     """What one mirror takes; 0 when none of its pieces is here."""
-    mirror = Mirror.open(path)
+    mirror = _open(path)
     if mirror is None:
         if repair:
             path.unlink(missing_ok=True)

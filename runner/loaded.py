@@ -224,6 +224,8 @@ class LoadedModel:
         self.idle_speculation = None
         if speculate != "off":
             self.idle_speculation = self.mtp.fault
+            if self.idle_speculation is None and speculate == "auto" and self.contents.cache is not None:
+                self.idle_speculation = "a wrong guess would fetch weights in vain; --speculate on allows that"
             if self.idle_speculation is None and kernels.library() is None:
                 self.idle_speculation = (
                     "products are not compiled here, and in PyTorch's a row depends on those beside it; "

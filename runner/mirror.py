@@ -67,11 +67,12 @@ class Mirror:
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
-        """The mirror that is there; None when there is none, or what is there is none."""
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
+        """The mirror that is there; None when what is there is none.
+
+        Raises:
+            FileNotFoundError: Nothing is there.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             end = os.fstat(descriptor).st_size
             footer = os.pread(descriptor, _FOOTER.size, max(0, end - _FOOTER.size))
@@ -146,11 +147,9 @@ class Mirror:
         """Put bytes of the server's file in their place; they count when `mark` says so, behind `sync`."""
         _write(self.descriptor, view, offset)
 
-    def sync(self, begin: int, end: int) -> None:
-        """Make what was written durable; the system's cache need not keep this range, which is read past it."""
+    def sync(self) -> None:
+        """Make what was written durable."""
         os.fdatasync(self.descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def clear(self, numbers: range) -> int:
         """Give back the disk's room of pieces, of which an exclusive lock is held.

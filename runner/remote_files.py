@@ -79,7 +79,7 @@ class RemoteFiles:
         return self._traffic.seconds
 
     def forget(self, layout: Layout) -> None:
-        """Nothing: what was fetched is put out of the page cache when it is on the disk."""
+        """Nothing: what was fetched is put out of the page cache when it was read."""
 
     @contextmanager
     def holding(self, parts: Iterable[Part]) -> Iterator[Opener]:
@@ -104,13 +104,16 @@ class RemoteFiles:
                     one.mirror.close()
                     one.mirror = self._open(one.file)
                     missing = [(other, other.missing(wait=False)) for other in held]
+            is_new = False
             while any(numbers is None or numbers for _, numbers in missing):
+                is_new = True
                 for one, _ in missing:
                     one.free()
                 self._fetch([(one, numbers) for one, numbers in missing if numbers])
                 missing = [(one, one.missing(wait=True)) for one in held]
             mirrors = {one.file: one.mirror for one in held}
-            yield lambda file, direct: mirrors[file].reader(direct=direct)
+            # What was just written is still in the page cache; who reads it there puts it out.
+            yield lambda file, direct: mirrors[file].reader(direct=direct and not is_new)
         finally:
             for one in held:
                 one.mirror.close()
@@ -122,16 +125,19 @@ class RemoteFiles:
             self._opened.add(file)
         try:
             while True:
-                mirror = Mirror.open(path)
-                if mirror is not None and mirror.fits(pieces):
-                    return mirror
+                try:
+                    mirror = Mirror.open(path)
+                except FileNotFoundError:
+                    size = own_bytes(len(pieces))
+                    self._cache.reserve(size)
+                    if not Mirror.create(path, self._files[file].size, pieces):
+                        self._cache.release(size)
+                    continue
                 if mirror is not None:
+                    if mirror.fits(pieces):
+                        return mirror
                     mirror.close()
                 path.unlink(missing_ok=True)
-                size = own_bytes(len(pieces))
-                self._cache.reserve(size)
-                if not Mirror.create(path, self._files[file].size, pieces):
-                    self._cache.release(size)
         except ToolkitError:
             raise
         except OSError as error:
@@ -182,7 +188,7 @@ class RemoteFiles:
                             f"{self.where(file)}: bytes {piece.begin} to {piece.end}, of {piece.tensor}, were fetched "
                             "twice and have another sha256 than the manifest says; the file on the server is damaged"
                         )
-        held.mirror.sync(pieces[0].begin, pieces[-1].end)
+        held.mirror.sync()
 
     def _receive(self, stream: Stream, piece: Piece, mirror: Mirror, is_cancelled: threading.Event) -> bool:
         """Write the next piece of a stream; whether it has the digest that it must have."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import socket
@@ -56,8 +55,7 @@ class FolderServer:
         class Handler(_Handler):
             server_of = outer
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -87,6 +85,13 @@ class FolderServer:
                 return None
             orders[path] = (value, times - 1)
             return value
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is nothing to talk about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -221,6 +226,6 @@ def nginx(root: Path, work: Path, *, extra: str = "") -> Iterator[str]:
         process.wait()
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def memory_folder() -> str | None:
+    """A folder in memory, where nobody waits for a busy disk; None where there is none."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
