@@ -37,6 +37,7 @@ from runner.cli_options import (
     speculation_options,
 )
 from runner.cli_trace import replay, trace
+from runner.fetch_progress import until_first
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,7 +146,8 @@ def generate(
         ids = loaded.text.encode_chat([{"role": "system", "content": system}, {"role": "user", "content": written}])
     generation = loaded.start(ids, max_tokens=max_tokens, sampling=sampling, stops=stops)
     text = ""
-    for piece in generation if as_json else before_errors(generation):
+    pieces = until_first(generation, loaded, quiet=quiet)
+    for piece in pieces if as_json else before_errors(pieces):
         text += piece
         if not as_json:
             echo_generated(piece)

@@ -33,6 +33,7 @@ from runner.cli_options import (
     set_threads,
     speculation_options,
 )
+from runner.fetch_progress import until_first
 
 if TYPE_CHECKING:
     from runner.conversation import Conversation
@@ -173,7 +174,7 @@ def _take_turn(
     generation = loaded.start(turn.ids, max_tokens=max_tokens, sampling=sampling)
     interrupted = False
     try:
-        for piece in before_errors(generation):
+        for piece in before_errors(until_first(generation, loaded, quiet=quiet)):
             echo_generated(piece)
     except KeyboardInterrupt as interrupt:
         if not interactive or isinstance(interrupt, Stopped):

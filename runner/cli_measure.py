@@ -29,6 +29,7 @@ from runner.cli_options import (
     set_threads,
     threads_option,
 )
+from runner.fetch_progress import showing_fetched
 from runner.output import check_output, open_output
 
 if TYPE_CHECKING:
@@ -87,10 +88,12 @@ def logits(
     loaded = LoadedModel(model, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off")
     note_offline(loaded, quiet=quiet)
     read = wanted if prompt is None else loaded.text.encode(prompt)
-    if out is None:
-        last_V = loaded.engine.last_logits(read)
-    else:
-        last_V = _save(read, loaded.engine.logit_blocks(read), loaded.model.config.vocab_size, Path(out))
+    with showing_fetched(loaded, quiet=quiet):
+        if out is None:
+            last_V = loaded.engine.last_logits(read)
+        else:
+            last_V = _save(read, loaded.engine.logit_blocks(read), loaded.model.config.vocab_size, Path(out))
+    if out is not None:
         note(f"wrote {out}: ids [{len(read)}], logits [{len(read)}, {len(last_V)}]", quiet=quiet)
     probability, best = last_V.double().softmax(0).topk(min(TOP, len(last_V)))
     top = [

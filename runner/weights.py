@@ -79,6 +79,11 @@ class WeightStore:
         return self._dense.read_bytes + self._window.counters.read_bytes + self._rows_read
 
     @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from a server so far: what `usage` says too, but quickly."""
+        return self._files.fetched_bytes
+
+    @property
     def usage(self) -> Usage:
         """What was read and held so far."""
         counters = self._window.counters
@@ -88,7 +93,7 @@ class WeightStore:
             expert_hits=counters.hits,
             expert_misses=counters.misses,
             wait_s=self._dense.wait_s + counters.wait_s + self._rows_wait_s,
-            fetched_bytes=self._files.fetched_bytes,
+            fetched_bytes=self.fetched_bytes,
             fetch_wait_s=self._background.metered,
             resident_bytes=self._window.held_bytes
             + self._dense.read_bytes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ import manifests
 from manifests import http, hub
 from manifests.digest import CHUNK_BYTES
 from manifests.errors import RemoteError, SourceNotFoundError, ToolkitError
-from runner import demo
+from runner import demo, fetch_progress
 from runner.cache_folder import ENVIRONMENT
 from runner.contents import group_of
+from runner.fetch_progress import until_first
 from runner.loaded import LoadedModel
 from tests.web_servers import NGINX, FolderServer, memory_folder, nginx, serving
 
@@ -205,7 +208,11 @@ def test_of_the_embedding_only_the_pieces_of_its_rows(wide: Path, serve: Callabl
 
 
 def test_a_warm_cache_works_without_its_server(
-    checkpoints: dict[str, Path], call: Call, serve: Callable[[Path], FolderServer], cache: Path
+    checkpoints: dict[str, Path],
+    call: Call,
+    serve: Callable[[Path], FolderServer],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("demo-resharded", "demo"):
         server = serve(checkpoints[name])
@@ -222,7 +229,7 @@ def test_a_warm_cache_works_without_its_server(
         assert third.exit_code == 1
         assert server.url in third.stderr
         assert "Traceback" not in third.stderr
-    shutil.rmtree(cache)
+    _use(cache / "another", monkeypatch)
     assert call(*arguments, "def ").exit_code == 1
 
 
@@ -239,6 +246,30 @@ def test_figures_of_a_run(checkpoints: dict[str, Path], call: Call, serve: Calla
     assert "fetched for each token" in result.stderr
     result = call("eval", "-m", server.url, "-f", __file__, "--ctx", "32", "--json")
     assert json.loads(result.stdout)["fetched_bytes"] > 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_fetched_is_shown_until_there_is_text(
+    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(checkpoints["demo-resharded"])
+    server.delay_s = 0.05
+    monkeypatch.setattr(fetch_progress, "_PAUSE_S", 0.01)
+    for path, quiet, is_shown in ((server.url, True, False), (None, False, False), (server.url, False, True)):
+        shutil.rmtree(os.environ[ENVIRONMENT], ignore_errors=True)
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        loaded = LoadedModel(path, ctx=64)
+        pieces = until_first(loaded.start(IDS, max_tokens=3), loaded, quiet=quiet)
+        assert "".join(pieces)
+        assert ("fetched" in terminal.getvalue()) == is_shown
+    assert "MB" in terminal.getvalue() or "MB/s" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r"), "the line is not taken away"
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
 @pytest.mark.parametrize(
