@@ -91,6 +91,7 @@ class CacheFolder:
                 f"{root}: cannot keep a cache there: {error.strerror}; name another folder in {ENVIRONMENT}"
             ) from error
         self._victims: list[_Victim] = []
+        self._is_begun = False
 
     def state(self, key: str) -> Path:
         """The folder of one state of a checkpoint; it need not be there."""
@@ -141,8 +142,9 @@ class CacheFolder:
         Args:
             key: The state that is used from now on.
         """
-        if self.bound is None:
-            return
+        if self.bound is None or self._is_begun:
+            return  # or this very process may be writing what nothing speaks of yet
+        self._is_begun = True
         with self._ledger.alone() as is_alone:
             if is_alone:
                 self._ledger.set(self._count(keep=key))
@@ -268,7 +270,8 @@ def _free(victim: _Victim) -> int:
     with closing(mirror):
         if not mirror.lock(victim.numbers, filesystem.EXCLUSIVE, wait=False):
             return 0
-        if any(entry.used > victim.used for entry in mirror.entries(victim.numbers)):
+        # Used since, or freed by somebody else, who counted it.
+        if any(entry.used != victim.used for entry in mirror.entries(victim.numbers)):
             return 0
         return mirror.clear(victim.numbers) + mirror.remove()
 

@@ -268,6 +268,30 @@ def test_what_is_in_use_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert used_of(path) != [5] * 6
 
 
+def test_what_somebody_else_freed_is_not_counted_twice(folder: Path) -> None:
+    cache, other = CacheFolder(folder, 3 * WHOLE), CacheFolder(folder, 3 * WHOLE)
+    for number in range(3):
+        fill(cache, f"{number}", number + 1)
+    cache._victims = cache._list_victims()
+    other.reserve(WHOLE)
+    before = cache_bytes(cache)
+    freed = cache._evict(WHOLE)
+    assert cache_bytes(cache) == before - freed
+    other.release(WHOLE)
+    assert allocated(folder / "states") <= cache_bytes(cache)
+
+
+def test_a_process_tidies_up_once(folder: Path) -> None:
+    """Later it may be fetching itself, into files that nothing speaks of yet."""
+    cache = CacheFolder(folder, 10 * WHOLE)
+    cache.begin("s")
+    path = fill(cache, "file", 5, range(0))
+    before = cache_bytes(cache)
+    cache.begin("s")
+    assert path.exists()
+    assert cache_bytes(cache) == before
+
+
 def test_somebody_waits_until_what_is_in_use_is_free(folder: Path) -> None:
     cache = CacheFolder(folder, WHOLE)
     mirror = Mirror.open(fill(cache, "used", 5))
