@@ -104,7 +104,7 @@ class CacheFolder:
     @property
     def small_bytes(self) -> int:
         """What all files take that are not evicted piece by piece."""
-        return sum(_small_files(state) for state in (self.root / "states").iterdir())
+        return sum(_small_files(folder) for folder in (self.root / "places", *(self.root / "states").iterdir()))
 
     def put(self, path: Path, raw: bytes) -> None:
         """Write a small file: all of it or nothing, also when the power fails.
@@ -120,6 +120,8 @@ class CacheFolder:
                 file.flush()
                 os.fsync(file.fileno())
             self._ledger.take(_small_bytes(len(raw)), None)
+            if path.exists():
+                self._ledger.give(_small_bytes(path.stat().st_size))
             os.replace(temporary, path)
         except OSError as error:
             with suppress(OSError):
@@ -212,7 +214,7 @@ class CacheFolder:
             keep: A state that stays although nothing of its tensors is here; others of that kind are removed. None
                 while others may be here, who use what looks unused.
         """
-        total = 0
+        total = _small_files(self.root / "places")
         for state in (self.root / "states").iterdir():
             kept = 0
             for path in _files(state / TENSORS, with_temporary=keep is not None):

@@ -29,7 +29,7 @@ from manifests import http
 from manifests.errors import IntegrityError, ManifestError, RemoteError, ResourceError
 from manifests.storage import save
 from runner import demo
-from runner.cache_folder import ENVIRONMENT
+from runner.cache_folder import ENVIRONMENT, CacheFolder
 from runner.loaded import LoadedModel
 from runner.mirror import Mirror
 from tests.web_servers import FolderServer, memory_folder
@@ -135,7 +135,11 @@ def test_what_stays_damaged_is_refused_by_name_and_never_kept(
     with pytest.raises(IntegrityError, match=rf"{server.url}/{HEAD}: bytes \d+ to \d+, of lm_head\.weight"):
         logits(server.url)
     assert all(end - begin < 2_000_000 for begin, end in marked(cache).get(HEAD, []))
-    assert not server.take(server.corrupt, "another")
+    mirror = Mirror.open(next(cache.glob(f"states/*/tensors/{HEAD}")))
+    assert mirror is not None
+    with closing(mirror):
+        assert mirror.allocated_bytes() < 100_000, "bytes that nobody will read take the disk's room"
+    assert_ledger_is_right(cache)
     assert 1000 - server.corrupt[HEAD][1] == 2
     server.corrupt.clear()
     assert torch.equal(logits(server.url), expected)
@@ -368,7 +372,7 @@ def test_evicted_experts_come_again(server: FolderServer, call: Call) -> None:
     assert len(asked) > len(set(asked)), "nothing was evicted"
 
 
-def test_threads_of_one_process_share_a_cache(server: FolderServer, expected: torch.Tensor) -> None:
+def test_threads_of_one_process_share_a_cache(server: FolderServer, expected: torch.Tensor, cache: Path) -> None:
     found: list[torch.Tensor] = []
     threads = [threading.Thread(target=lambda: found.append(logits(server.url))) for _ in range(3)]
     for thread in threads:
@@ -378,6 +382,41 @@ def test_threads_of_one_process_share_a_cache(server: FolderServer, expected: to
     assert len(found) == 3
     assert all(torch.equal(one, expected) for one in found)
     assert len(server.ranges[HEAD]) == len(set(server.ranges[HEAD]))
+    assert_ledger_is_right(cache)
+
+
+def assert_ledger_is_right(root: Path) -> None:
+    """Nothing stays written down that was not taken."""
+    cache = CacheFolder(root)
+    assert cache._ledger.bytes == cache._count(keep=None)
+
+
+def test_a_piece_is_durable_before_it_counts(server: FolderServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsynced: dict[Mirror, set[int]] = {}
+    write, sync, mark, marks = Mirror.write, Mirror.sync, Mirror.mark, 0
+
+    def logged_write(self: Mirror, view: memoryview, offset: int) -> None:
+        unsynced.setdefault(self, set()).add(offset)
+        write(self, view, offset)
+
+    def logged_sync(self: Mirror) -> None:
+        before = set(unsynced.get(self, ()))
+        sync(self)
+        unsynced.get(self, set()).difference_update(before)
+
+    def logged_mark(self: Mirror, numbers: range, now: int, *, absent: bool) -> None:
+        nonlocal marks
+        if absent:
+            marks += 1
+            entries = self.entries(numbers)
+            assert not [at for at in unsynced[self] if entries[0].begin <= at < entries[-1].end]
+        mark(self, numbers, now, absent=absent)
+
+    monkeypatch.setattr(Mirror, "write", logged_write)
+    monkeypatch.setattr(Mirror, "sync", logged_sync)
+    monkeypatch.setattr(Mirror, "mark", logged_mark)
+    logits(server.url)
+    assert marks > 50
 
 
 # ---- the disk ----
