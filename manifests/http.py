@@ -107,20 +107,21 @@ class Web:
         """A file that is read by ranges; nothing is asked yet."""
         return RemoteFile(self, url)
 
-    def read(self, url: str, *, max_bytes: int, etag: str | None = None) -> Document | None:
+    def read(self, url: str, *, max_bytes: int, etag: str | None = None, tries: int | None = None) -> Document | None:
         """A small file whole; None when the server has none.
 
         Args:
             url: Its address.
             max_bytes: The most that it may have.
             etag: The state that is known already; then None says that it is still this one, and absence is an error.
+            tries: Failures that are borne; fewer than TRIES where there is something else to go on with.
 
         Raises:
             SourceNotFoundError: There is none, and `etag` was given; or it must not be seen.
             ManifestError: It is larger.
             RemoteError: The server cannot be reached, or does not do what is asked.
         """
-        patience = _Patience(self, url)
+        patience = _Patience(self, url, tries)
         extra = {} if etag is None else {"If-None-Match": etag}
         while True:
             try:
@@ -402,9 +403,10 @@ class Stream:
 class _Patience:
     """How many failures one thing has had, one behind the other."""
 
-    def __init__(self, web: Web, url: str) -> None:
+    def __init__(self, web: Web, url: str, tries: int | None = None) -> None:
         self._web = web
         self._url = url
+        self._tries = tries
         self._failures = 0
 
     def forget(self) -> None:
@@ -418,7 +420,7 @@ class _Patience:
             RemoteError: There were too many, or the server asks for too long a pause.
         """
         self._failures += 1
-        if self._failures >= self._web.tries(self._url):
+        if self._failures >= (self._tries or self._web.tries(self._url)):
             raise RemoteError(
                 f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; run again later"
             ) from failure

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from manifests.errors import ResourceError, ToolkitError
 
 THREADS = 2
-"""One reads at the disk's speed; the second asks for the next part while the first one's is arriving."""
+"""For a disk: one reads at its speed; the second asks for the next part while the first one's is arriving."""
 
 
 class Load:
@@ -39,9 +39,13 @@ class Load:
         """
         if not self.is_done:
             self._queue.check_process()
-            with self._queue.changed:
-                while not self.is_done:
-                    self._queue.changed.wait()
+            before = self._queue.meter()
+            try:
+                with self._queue.changed:
+                    while not self.is_done:
+                        self._queue.changed.wait()
+            finally:
+                self._queue.metered += self._queue.meter() - before
         if self._error is not None:
             raise self._error
 
@@ -59,7 +63,9 @@ class Load:
 
 
 class _Queue:
-    def __init__(self) -> None:
+    def __init__(self, meter: Callable[[], float]) -> None:
+        self.meter = meter
+        self.metered = 0.0
         self.changed = threading.Condition()
         self.waiting: list[tuple[int, int, Load]] = []
         self.numbers = itertools.count()
@@ -73,12 +79,23 @@ class _Queue:
 
 
 class Background:
-    """A few threads that begin with the first piece of work and end with this object."""
+    """A few threads that begin with the first piece of work and end with this object.
 
-    def __init__(self) -> None:
-        self._queue = _Queue()
+    Args:
+        threads: How many; all but one of them may be refused by the system.
+        meter: What is read before and behind each time that somebody waits.
+    """
+
+    def __init__(self, threads: int = THREADS, meter: Callable[[], float] = float) -> None:
+        self._queue = _Queue(meter)
+        self._count = threads
         self._threads: list[threading.Thread] = []
         weakref.finalize(self, _end, self._queue)
+
+    @property
+    def metered(self) -> float:
+        """By how much the meter went on while somebody waited."""
+        return self._queue.metered
 
     def submit(self, work: Callable[[], None], *, urgency: int = 0) -> Load:
         """Hand in work.
@@ -92,7 +109,7 @@ class Background:
             ToolkitError: This is a forked child.
         """
         self._queue.check_process()
-        while len(self._threads) < THREADS:
+        while len(self._threads) < self._count:
             # Daemons: a process that ends does not wait for the disk.
             thread = threading.Thread(target=_serve, args=(self._queue,), name="weights", daemon=True)
             try:

@@ -66,6 +66,8 @@ class Phase:
             "expert_misses": self.usage.expert_misses,
             "hit_rate": self.usage.expert_hits / asked if asked else None,
             "wait_s": self.usage.wait_s,
+            "fetched_bytes": self.usage.fetched_bytes,
+            "fetch_wait_s": self.usage.fetch_wait_s,
             "compute_s": self.seconds - self.usage.wait_s,
             "floor_s": self.floor_s,
             "share_of_floor": self.share,

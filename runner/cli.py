@@ -28,6 +28,7 @@ from runner.cli_options import (
     note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
+    note_offline,
     note_speculation,
     read_text,
     require_stdout,
@@ -36,6 +37,7 @@ from runner.cli_options import (
     speculation_options,
 )
 from runner.cli_trace import replay, trace
+from runner.fetch_progress import until_first
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,6 +97,7 @@ def generate(
     mtp_input: Any,
     ctx: int | None,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -126,12 +129,14 @@ def generate(
         ctx=ctx,
         ram=ram,
         io=io,
+        cache_size=cache_size,
         pin=pin,
         dtype=as_dtype(dtype),
         speculate=speculate,
         draft_tokens=draft_tokens,
         mtp_input=mtp_input,
     )
+    note_offline(loaded, quiet=quiet)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
@@ -141,7 +146,8 @@ def generate(
         ids = loaded.text.encode_chat([{"role": "system", "content": system}, {"role": "user", "content": written}])
     generation = loaded.start(ids, max_tokens=max_tokens, sampling=sampling, stops=stops)
     text = ""
-    for piece in generation if as_json else before_errors(generation):
+    pieces = until_first(generation, loaded, quiet=quiet)
+    for piece in pieces if as_json else before_errors(pieces):
         text += piece
         if not as_json:
             echo_generated(piece)

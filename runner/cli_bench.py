@@ -40,6 +40,7 @@ def bench(
     prompt_tokens: int,
     tokens: int,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -75,7 +76,14 @@ def bench(
         tokens=tokens,
         ids=ids,
         open_model=lambda: LoadedModel(
-            model, ctx=prompt_tokens + tokens, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off"
+            model,
+            ctx=prompt_tokens + tokens,
+            ram=ram,
+            io=io,
+            cache_size=cache_size,
+            pin=pin,
+            dtype=as_dtype(dtype),
+            speculate="off",
         ),
         say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )

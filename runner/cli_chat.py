@@ -25,6 +25,7 @@ from runner.cli_options import (
     note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
+    note_offline,
     note_speculation,
     require_stdin,
     require_stdout,
@@ -32,6 +33,7 @@ from runner.cli_options import (
     set_threads,
     speculation_options,
 )
+from runner.fetch_progress import until_first
 
 if TYPE_CHECKING:
     from runner.conversation import Conversation
@@ -71,6 +73,7 @@ def chat(
     mtp_input: Any,
     ctx: int | None,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -104,12 +107,14 @@ def chat(
         ctx=ctx,
         ram=ram,
         io=io,
+        cache_size=cache_size,
         pin=pin,
         dtype=as_dtype(dtype),
         speculate=speculate,
         draft_tokens=draft_tokens,
         mtp_input=mtp_input,
     )
+    note_offline(loaded, quiet=quiet)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
@@ -120,7 +125,7 @@ def chat(
         note("note: this model's template has no such switch, so --thinking does nothing", quiet=quiet)
     terminal = _Terminal()
     if terminal.interactive:
-        note(f"{loaded.root}: /help lists commands", quiet=quiet)
+        note(f"{loaded.name}: /help lists commands", quiet=quiet)
     while (line := terminal.read()) is not None:
         match line.strip():
             case "":
@@ -169,7 +174,7 @@ def _take_turn(
     generation = loaded.start(turn.ids, max_tokens=max_tokens, sampling=sampling)
     interrupted = False
     try:
-        for piece in before_errors(generation):
+        for piece in before_errors(until_first(generation, loaded, quiet=quiet)):
             echo_generated(piece)
     except KeyboardInterrupt as interrupt:
         if not interactive or isinstance(interrupt, Stopped):

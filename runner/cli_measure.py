@@ -24,10 +24,12 @@ from runner.cli_options import (
     memory_options,
     model_option,
     note,
+    note_offline,
     read_text,
     set_threads,
     threads_option,
 )
+from runner.fetch_progress import showing_fetched
 from runner.output import check_output, open_output
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def logits(
     ids: str | None,
     out: str | None,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -82,12 +85,15 @@ def logits(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
+    loaded = LoadedModel(model, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off")
+    note_offline(loaded, quiet=quiet)
     read = wanted if prompt is None else loaded.text.encode(prompt)
-    if out is None:
-        last_V = loaded.engine.last_logits(read)
-    else:
-        last_V = _save(read, loaded.engine.logit_blocks(read), loaded.model.config.vocab_size, Path(out))
+    with showing_fetched(loaded, quiet=quiet):
+        if out is None:
+            last_V = loaded.engine.last_logits(read)
+        else:
+            last_V = _save(read, loaded.engine.logit_blocks(read), loaded.model.config.vocab_size, Path(out))
+    if out is not None:
         note(f"wrote {out}: ids [{len(read)}], logits [{len(read)}, {len(last_V)}]", quiet=quiet)
     probability, best = last_V.double().softmax(0).topk(min(TOP, len(last_V)))
     top = [
@@ -132,6 +138,7 @@ def eval_command(
     files: tuple[str, ...],
     ctx: int,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -158,7 +165,10 @@ def eval_command(
     from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
+    loaded = LoadedModel(
+        model, ctx=ctx, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off"
+    )
+    note_offline(loaded, quiet=quiet)
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}
@@ -179,6 +189,8 @@ def eval_command(
                 "seconds": seconds,
                 "read_bytes": usage.read_bytes,
                 "wait_s": usage.wait_s,
+                "fetched_bytes": usage.fetched_bytes,
+                "fetch_wait_s": usage.fetch_wait_s,
                 "resident_bytes": usage.resident_bytes,
                 "files": [{"file": path} | one.to_document() for path, one in found.items()],
             }

@@ -19,6 +19,7 @@ from runner.cli_options import (
     mtp_input_option,
     note,
     note_fewer_guesses,
+    note_offline,
     read_text,
     set_threads,
     threads_option,
@@ -64,6 +65,7 @@ def mtp(
     draft_tokens: int,
     mtp_input: Any,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -88,7 +90,7 @@ def mtp(
     from runner.mtp_parts import MtpParts
 
     text = None if file is None else read_text(file)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, cache_size)
     parts = MtpParts(checkpoint, ModelConfig.from_dict(checkpoint.config))
     document: dict[str, Any] = parts.to_document()
     if not as_json:
@@ -100,12 +102,14 @@ def mtp(
             model,
             ram=ram,
             io=io,
+            cache_size=cache_size,
             pin=pin,
             dtype=as_dtype(dtype),
             speculate="on",
             draft_tokens=draft_tokens,
             mtp_input=mtp_input,
         )
+        note_offline(loaded, quiet=quiet)
         note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
         document |= _measure(loaded, text, tokens, mtp_input, as_json=as_json, quiet=quiet)
     if as_json:

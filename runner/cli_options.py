@@ -59,7 +59,8 @@ def model_option(function: F) -> F:
         "-m",
         "--model",
         metavar="PATH",
-        help="A resharded checkpoint or a downloaded checkpoint folder. Without it, the embedded demo model.",
+        help="A resharded checkpoint or a downloaded checkpoint folder, here or on a web server. Without it, the "
+        "embedded demo model.",
     )(function)
 
 
@@ -85,7 +86,7 @@ def compute_options(function: F) -> F:
 
 
 def memory_options(function: F) -> F:
-    """``--ram``, ``--io``, ``--pin`` and ``--dtype``: how a model is opened; see `as_dtype`."""
+    """``--ram``, ``--io``, ``--cache-size``, ``--pin`` and ``--dtype``: how a model is opened; see `as_dtype`."""
     for option in (
         click.option(
             "--dtype",
@@ -100,6 +101,12 @@ def memory_options(function: F) -> F:
             type=FileName(),
             metavar="TRACE",
             help="Keep the experts in memory that this trace used most, see `runner trace`.",
+        ),
+        click.option(
+            "--cache-size",
+            type=parse_size,
+            metavar="SIZE",
+            help="The most disk that may keep what is fetched from web servers. Default: as much as is needed.",
         ),
         click.option(
             "--io",
@@ -267,6 +274,12 @@ def note_idle_sampling(temperature: float, given: dict[str, Any], *, quiet: bool
         idle = " and ".join("--" + name.replace("_", "-") for name in used)
         verb = "does" if len(used) == 1 else "do"
         note(f"note: the temperature is 0, so {idle} {verb} nothing; give --temp to sample", quiet=quiet)
+
+
+def note_offline(loaded: LoadedModel, *, quiet: bool) -> None:
+    """Say that a server did not answer and the cache stands in."""
+    if loaded.offline is not None:
+        note(f"note: {loaded.offline}; going on with what the cache has of it", quiet=quiet)
 
 
 def note_fewer_guesses(draft_tokens: int, dtype: str, *, quiet: bool) -> None:

@@ -21,6 +21,7 @@ from runner.cli_options import (
     hides_bar,
     model_option,
     note,
+    note_offline,
     read_text,
     set_threads,
 )
@@ -56,6 +57,7 @@ def trace(
     out: str,
     ctx: int | None,
     ram: int | None,
+    cache_size: int | None,
     io: str | None,
     pin: str | None,
     dtype: str,
@@ -81,11 +83,14 @@ def trace(
     from runner.trace import TraceRecorder, save
 
     set_threads(threads)
-    loaded = LoadedModel(model, ctx=ctx, ram=ram, io=io, pin=pin, dtype=as_dtype(dtype), speculate="off")
+    loaded = LoadedModel(
+        model, ctx=ctx, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off"
+    )
+    note_offline(loaded, quiet=quiet)
     config = loaded.model.config
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     if not layers:
-        raise ToolkitError(f"{loaded.root}: has no MoE layer; there is no routing to trace")
+        raise ToolkitError(f"{loaded.name}: has no MoE layer; there is no routing to trace")
     ids = loaded.text.encode(text)
     recorder = TraceRecorder(
         model_type=config.model_type,

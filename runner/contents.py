@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 from manifests.auxiliary import Auxiliary
 from manifests.checkpoint import Checkpoint, Location
@@ -15,9 +14,14 @@ from manifests.errors import IncompleteError, ManifestError
 from manifests.names import expert_prefix
 from manifests.schema import PLAIN
 from runner import split_kv
+from runner.cache_folder import CacheFolder
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, lay_out
+from runner.mirror import own_bytes
+from runner.pieces import cut, disk_bytes, touched
 from runner.policy import Key
 from runner.reading import Files
+from runner.remote_files import RemoteFiles
+from runner.remote_folder import CachedFolder
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYERS = "model.layers."
@@ -57,20 +61,27 @@ class Contents:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    @property
-    def root(self) -> Path:
-        """The checkpoint's folder."""
-        return self._checkpoint.root
+    def __str__(self) -> str:
+        """The checkpoint's name for messages."""
+        return str(self._checkpoint.folder)
 
     @property
     def auxiliary(self) -> Auxiliary:
         """The checkpoint's small files."""
         return self._checkpoint.auxiliary
 
-    def open_files(self) -> Files:
-        """The checkpoint's files, each of which must stay what it is now."""
-        sizes = {file.path: file.size for file in self._checkpoint.manifest.files}
-        return Files(self._checkpoint.root, sizes, self._checkpoint.path)
+    @property
+    def cache(self) -> CacheFolder | None:
+        """What keeps the files that a server has; None for files of this machine."""
+        folder = self._checkpoint.folder
+        return folder.cache if isinstance(folder, CachedFolder) else None
+
+    def open_files(self) -> Files | RemoteFiles:
+        """The checkpoint's files, each of which must stay what it is now, or when it is first fetched."""
+        folder, files = self._checkpoint.folder, self._checkpoint.manifest.files
+        if isinstance(folder, CachedFolder):
+            return RemoteFiles(folder, files)
+        return Files(self._checkpoint.root, {file.path: file.size for file in files}, self._checkpoint.path)
 
     @property
     def is_in_place(self) -> bool:
@@ -90,7 +101,7 @@ class Contents:
         """
         location = self._checkpoint.find(name)
         if location is None:
-            missing = f"{self._checkpoint.root}: has no tensor {name}"
+            missing = f"{self}: has no tensor {name}"
             if not self._checkpoint.manifest.selection.is_everything:
                 raise IncompleteError(f"{missing}, only a part was resharded")
             raise ManifestError(missing)
@@ -149,6 +160,17 @@ class Contents:
         # Of the halves no more than those that are being joined, and the next, which are read ahead.
         halves = sorted(self._group_bytes(self._halves[group]) for group in groups if group in self._halves)
         return kept + sum(halves[-2:])
+
+    def kept_bytes(self, groups: Sequence[str]) -> int:
+        """What these groups take of a cache at most, with the tables of the files that they are in."""
+        files = {file.path: file for file in self._checkpoint.manifest.files}
+        runs = [run for group in groups for run in self.group(group).runs]
+        total = 0
+        for path in {run.file for run in runs}:
+            pieces = cut(files[path])
+            found = {number for run in runs if run.file == path for number in touched(pieces, run.begin, run.end)}
+            total += own_bytes(len(pieces)) + sum(disk_bytes(pieces[number]) for number in found)
+        return total
 
     def _group_bytes(self, group: str) -> int:
         size = sum(self._sizes[name] + PAGE_BYTES for name in self._names.get(group, ()))

@@ -18,6 +18,7 @@ import manifests
 from manifests.check import check_files
 from manifests.console import counted, format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
+from manifests.folder import LocalFolder
 from runner import demo, machine
 from runner.config import ModelConfig
 from runner.expected import head_of, main_tensors
@@ -222,7 +223,12 @@ def _examine_model(
         file_bytes=sum(file.size for file in checkpoint.manifest.files),
     )
     config = found.attempt("config", lambda: ModelConfig.from_dict(checkpoint.config))
-    found.attempt("files", lambda: _check_files(checkpoint))
+    if isinstance(checkpoint.folder, LocalFolder):
+        found.attempt("files", lambda: _check_files(checkpoint))
+    else:
+        found.notes.append(
+            "its files are on a server: each is checked when it is fetched, and speed depends on the way"
+        )
     if config is not None:
         facts = dataclasses.replace(facts, vocab_size=config.vocab_size)
         found.attempt("tensors", lambda: _check_tensors(checkpoint, config))

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from runner import background, kernels
+from runner import kernels
 from runner.contents import Contents
 from runner.layout import Layout
 from runner.memory import Region
 from runner.policy import Key
-from runner.reading import Direct, Way
+from runner.reading import Direct, Files, Mapped
 
 _DISK_BYTES = 1 << 30
 _ROUNDS = 3
@@ -51,8 +51,10 @@ def anonymous_read_gbps(size: int) -> float | None:
     return memory_read_gbps([tensor])
 
 
-def disk_read_gbps(contents: Contents, experts: Sequence[Key], *, way: type[Way] = Direct) -> float | None:
-    """GB/s of bringing experts in that are not in the page cache; None when there are none.
+def disk_read_gbps(
+    contents: Contents, experts: Sequence[Key], *, way: type[Direct] | type[Mapped] = Direct
+) -> float | None:
+    """GB/s of bringing experts in that are not in the page cache; None when there are none, or they are on a server.
 
     Args:
         contents: The checkpoint.
@@ -60,6 +62,8 @@ def disk_read_gbps(contents: Contents, experts: Sequence[Key], *, way: type[Way]
         way: How they come in.
     """
     files = contents.open_files()
+    if not isinstance(files, Files):
+        return None
     chosen = way(files)
     layouts: list[Layout] = []
     for key in experts[:: max(1, len(experts) // 64)]:
@@ -69,19 +73,19 @@ def disk_read_gbps(contents: Contents, experts: Sequence[Key], *, way: type[Way]
     if not layouts:
         return None
     largest = -(-max(layout.size for layout in layouts) // chosen.alignment) * chosen.alignment
-    region = Region(largest * background.THREADS)
+    region = Region(largest * files.loads_at_once)
 
     def read(thread: int) -> None:
-        for layout in layouts[thread :: background.THREADS]:
+        for layout in layouts[thread :: files.loads_at_once]:
             chosen.load(layout, region, thread * largest)
             chosen.unload(layout, region, thread * largest)
 
     def read_all() -> None:
-        list(threads.map(read, range(background.THREADS)))
+        list(threads.map(read, range(files.loads_at_once)))
 
     for layout in layouts:
         files.forget(layout)
-    with ThreadPoolExecutor(background.THREADS) as threads:
+    with ThreadPoolExecutor(files.loads_at_once) as threads:
         read_all()  # the first touch of memory is not the disk's
         return sum(layout.needed_bytes for layout in layouts) / _median_s(read_all) / 1e9
 

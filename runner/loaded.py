@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import manifests
-from manifests import gguf_files
+from manifests import gguf_files, urls
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
 from manifests.inventory import open_model
 from manifests.schema import PLAIN
+from manifests.shards import SUFFIX
 from runner import demo, kernels, quantised, trace
 from runner.budget import Budget
 from runner.config import ModelConfig
@@ -31,8 +32,10 @@ from runner.mtp import MtpModule
 from runner.mtp_parts import MtpParts
 from runner.pace import Pace
 from runner.policy import Key
+from runner.remote_checkpoint import open_cached
+from runner.remote_folder import CachedFolder
 from runner.sampling import SamplingParams
-from runner.sizes import default_io, measure, plan_memory, routed_experts
+from runner.sizes import check_cache, default_io, measure, plan_memory, routed_experts
 from runner.speculative import Speculation
 from runner.telemetry import RunStats, Telemetry
 from runner.text import StopScanner, Text, read_optional_json
@@ -108,20 +111,21 @@ class LoadedModel:
 
     Args:
         path: A resharded checkpoint, a plain checkpoint folder, or a GGUF model (its file, any file of its split set,
-            or a folder with one); None for the embedded demo model.
+            or a folder with one); the address of one of the first two; None for the embedded demo model.
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
-        io: How experts come into memory, a key of `weights.WAYS`; see `sizes.default_io`.
+        io: How experts come into memory, ``mmap`` or ``direct``; see `sizes.default_io`.
         pin: A routing trace; the experts that it used most are read now and stay in memory.
         speculate: Whether the MTP layer guesses tokens, several of which are then checked in one pass: ``on``,
             ``off``, or ``auto``, while it pays. The text is the same.
         draft_tokens: Most guesses of one pass; with bfloat16 one, because three rows of a pass may be rounded otherwise
             than one is.
         mtp_input: Which hidden states the MTP layer is given.
+        cache_size: Bytes of disk that may keep what is fetched of checkpoints on servers; any number when not given.
 
     Attributes:
-        root: The checkpoint's folder.
+        name: The checkpoint's folder or address.
         ctx: As given, or what the memory and the model allow.
         budget: What the memory is for.
         contents: What the checkpoint has.
@@ -151,21 +155,23 @@ class LoadedModel:
         speculate: Speculate = "auto",
         draft_tokens: int = 1,
         mtp_input: Takes = "normed",
+        cache_size: int | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, cache_size)
         if missing := checkpoint.missing_scales():
             # Said now, and not after minutes, when a token first needs one of them.
             raise ManifestError(
-                f"{checkpoint.root}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
+                f"{checkpoint.folder}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
                 "without its scales it has no value, download the checkpoint again"
             )
         config = ModelConfig.from_dict(checkpoint.config)
         self._checkpoint = checkpoint
-        self.root = checkpoint.root
+        self.name = str(checkpoint.folder)
         self.contents = contents = Contents(checkpoint)
         self.io = io or default_io(contents, config)
         self.mtp = MtpParts(checkpoint, config)
         self.budget, has_mtp = self._plan(config, ram=ram, ctx=ctx, speculate=speculate)
+        check_cache(contents, config, self.mtp if has_mtp else None)
         self.ctx = self.budget.ctx
         self.weights = WeightStore(
             contents,
@@ -192,6 +198,21 @@ class LoadedModel:
             self.model, ctx=self.ctx, pass_tokens=self.budget.pass_tokens, speculation=self.speculation
         )
 
+    @property
+    def root(self) -> Path:
+        """The checkpoint's folder.
+
+        Raises:
+            SourceNotFoundError: It is on a server.
+        """
+        return self._checkpoint.root
+
+    @property
+    def offline(self) -> str | None:
+        """Why the cache stands in for a server; None when it does not."""
+        folder = self._checkpoint.folder
+        return folder.offline if isinstance(folder, CachedFolder) else None
+
     def _plan(
         self, config: ModelConfig, *, ram: int | None, ctx: int | None, speculate: Speculate
     ) -> tuple[Budget, bool]:
@@ -204,6 +225,8 @@ class LoadedModel:
         self.idle_speculation = None
         if speculate != "off":
             self.idle_speculation = self.mtp.fault
+            if self.idle_speculation is None and speculate == "auto" and self.contents.cache is not None:
+                self.idle_speculation = "a wrong guess would fetch weights in vain; --speculate on allows that"
             if self.idle_speculation is None and kernels.library() is None:
                 self.idle_speculation = (
                     "products are not compiled here, and in PyTorch's a row depends on those beside it; "
@@ -217,16 +240,16 @@ class LoadedModel:
                         raise
                     self.idle_speculation = f"with the MTP layer {error}"
             elif speculate == "on":
-                raise UnsupportedModelError(f"{self.root}: cannot speculate: {self.idle_speculation}")
+                raise UnsupportedModelError(f"{self.name}: cannot speculate: {self.idle_speculation}")
         return plan(has_mtp=False), False
 
     def _most_used(self, usage: trace.Trace, config: ModelConfig) -> list[Key]:
         """The experts to pin: as many as leave a quarter of the window, and what a token needs, to the others."""
         layers = tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
         if usage.model_type != config.model_type:
-            raise ManifestError(f"the trace is of another model than {self.root}: of {usage.model_type!r:.60}")
+            raise ManifestError(f"the trace is of another model than {self.name}: of {usage.model_type!r:.60}")
         if (usage.layers, usage.experts) != (layers, config.n_routed_experts):
-            raise ManifestError(f"the trace is of another model than {self.root}: it has other layers or experts")
+            raise ManifestError(f"the trace is of another model than {self.name}: it has other layers or experts")
         counts = {(layer, expert): n for layer, experts in usage.usage.items() for expert, n in experts.items()}
         slots = self.budget.slots
         room = slots - max(config.num_experts_per_tok, slots // 4)
@@ -298,12 +321,17 @@ class LoadedModel:
         return self.engine.logits(ids)
 
 
-def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
+def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> manifests.Checkpoint:
     """Open a checkpoint for running; None is the embedded demo model.
+
+    Args:
+        path: Its path or its address.
+        cache_size: See `LoadedModel`.
 
     Raises:
         SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
         ManifestError, IntegrityError: It is damaged.
+        RemoteError: Its server cannot be reached, and the cache has nothing of it.
         ToolkitError: It has quantised blocks of a rare type, and the package gguf is not installed.
         UnsupportedModelError: It is of another architecture, or is stored in a way that the runner does not read.
     """
@@ -311,14 +339,14 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
         path = demo.path()
         if not path.is_dir():
             raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
-    is_gguf = Path(path).suffix == gguf_files.SUFFIX
-    if Path(path).is_file() and not is_gguf:
+    is_file = Path(path).suffix != gguf_files.SUFFIX and Path(path).is_file()
+    if is_file or (urls.is_url(path) and urls.last_part(str(path)).endswith(SUFFIX)):
         raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
-    checkpoint = open_model(path)
+    checkpoint = open_cached(str(path), cache_size) if urls.is_url(path) else open_model(path)
     if not checkpoint.config:
         _refuse_without_config(path, checkpoint)
     if faults := checkpoint.unreadable():
-        raise UnsupportedModelError(f"{checkpoint.root}: {faults[0]}")
+        raise UnsupportedModelError(f"{checkpoint.folder}: {faults[0]}")
     _check_encodings(checkpoint)
     return checkpoint
 
@@ -326,7 +354,7 @@ def open_checkpoint(path: str | Path | None) -> manifests.Checkpoint:
 def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -> NoReturn:
     if all(Path(file.path).suffix != gguf_files.SUFFIX for file in checkpoint.manifest.files):
         raise SourceNotFoundError(
-            f"{checkpoint.root}: no config.json, which says what the model is; copy the model's own there"
+            f"{checkpoint.folder}: no config.json, which says what the model is; copy the model's own there"
         )
     architecture = checkpoint.manifest.model.model_type
     raise UnsupportedModelError(f"{path}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}")
@@ -342,11 +370,11 @@ def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
     """
     encoded = [one for file in checkpoint.manifest.files for one in file.tensors if one.encoding != PLAIN]
     for one in encoded:
-        where = f"{checkpoint.root}: {one.name}"
+        where = f"{checkpoint.folder}: {one.name}"
         quantised.check_described(one.dtype, one.shape, one.logical_shape, one.encoding, where)
     foreign = next((one for one in encoded if not kernels.expands(one.encoding)), None)
     if foreign is not None:
-        quantised.need_package(f"{checkpoint.root}: {foreign.name}", foreign.encoding)
+        quantised.need_package(f"{checkpoint.folder}: {foreign.name}", foreign.encoding)
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

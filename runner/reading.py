@@ -7,28 +7,72 @@ This file must not know experts.
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from manifests.errors import IntegrityError, ToolkitError
 from manifests.mapping import refusal
+from runner.background import THREADS
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, Run
 from runner.memory import Guard, Region
 
 _READ_BYTES = 1 << 30
 """At most, by one call: systems give no more than 2 GiB."""
 
+Part = tuple[str, int, int]
+"""A file of a checkpoint, the first byte that is needed, and the byte behind the last."""
+
+Opener = Callable[[str, bool], AbstractContextManager[tuple[int, bool]]]
+"""Opens a file, past the page cache where that is asked for and possible: a descriptor, and whether it is so."""
+
+
+class Source(Protocol):
+    """The files of a checkpoint, here or on a server."""
+
+    loads_at_once: int
+    """How many layouts should be asked for at the same time."""
+
+    @property
+    def opened(self) -> int:
+        """How many files were opened so far."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from a server so far."""
+
+    @property
+    def fetching_s(self) -> float:
+        """Seconds so far in which some were on their way."""
+
+    def where(self, file: str) -> str:
+        """A file's full name for messages."""
+
+    def holding(self, parts: Iterable[Part]) -> AbstractContextManager[Opener]:
+        """What opens the files of these parts; their bytes are there and stay there until this ends.
+
+        Raises:
+            See `Files.open`.
+            RemoteError: The server that has them cannot be reached, or does not do what is asked.
+        """
+
+    def forget(self, layout: Layout) -> None:
+        """Ask for the page cache to let the runs of a layout go; it keeps what is mapped."""
+
 
 class Files:
-    """The files of a checkpoint, each of which must stay what it is now.
+    """The files of a checkpoint on this machine, each of which must stay what it is now.
 
     Args:
         root: The checkpoint's folder.
         sizes: Bytes that each file must have, by its path in the checkpoint.
         find: Gives the path of a file that is there; see `manifests.folder.LocalFolder.path`.
     """
+
+    loads_at_once = THREADS
+    fetched_bytes = 0
+    fetching_s = 0.0
 
     def __init__(self, root: Path, sizes: Mapping[str, int], find: Callable[[str], Path]) -> None:
         self._root = root
@@ -48,7 +92,12 @@ class Files:
         return len(self._opened)
 
     @contextmanager
-    def open(self, file: str, *, direct: bool = False) -> Iterator[tuple[int, bool]]:
+    def holding(self, parts: Iterable[Part]) -> Iterator[Opener]:
+        """See `Source`; nothing needs to be done for it here."""
+        yield self.open
+
+    @contextmanager
+    def open(self, file: str, direct: bool = False) -> Iterator[tuple[int, bool]]:
         """Open one file for reading, checked.
 
         Args:
@@ -65,7 +114,7 @@ class Files:
         """
         path = self._find(file)
         try:
-            descriptor, is_direct = _open(path, direct=direct)
+            descriptor, is_direct = open_for_reading(path, direct=direct)
         except OSError as error:
             raise refusal(path, error.errno or 0) from error
         try:
@@ -97,7 +146,7 @@ class Files:
         self._opened.add(file)
 
     def forget(self, layout: Layout) -> None:
-        """Ask for the page cache to let the runs of a layout go; it keeps what is mapped."""
+        """See `Source`."""
         if not hasattr(os, "posix_fadvise"):
             return
         for run in layout.runs:
@@ -129,7 +178,8 @@ def _drop(descriptor: int, run: Run) -> None:
     os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
+def open_for_reading(path: Path, *, direct: bool) -> tuple[int, bool]:
+    """Open a file, past the page cache where that is asked for and its file system can; whether it is so."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     if direct and hasattr(os, "O_DIRECT"):
         try:
@@ -142,8 +192,6 @@ def _open(path: Path, *, direct: bool) -> tuple[int, bool]:
 
 class Way(Protocol):
     """How layouts come into a region and leave it."""
-
-    def __init__(self, files: Files) -> None: ...
 
     alignment: int
     """Of the layouts that it takes."""
@@ -178,7 +226,7 @@ class Direct:
 
     alignment = PAGE_BYTES
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Source) -> None:
         self._files = files
 
     def where(self, run: Run) -> str:
@@ -193,11 +241,12 @@ class Direct:
 
     def load(self, layout: Layout, region: Region, position: int) -> None:
         """See `Way`."""
-        for run in layout.runs:
-            with self._files.open(run.file, direct=True) as (descriptor, is_direct):
-                self._read(run, descriptor, region, position + run.position, is_direct=is_direct)
-                if not is_direct and hasattr(os, "posix_fadvise"):
-                    _drop(descriptor, run)
+        with self._files.holding([(run.file, run.begin, run.end) for run in layout.runs]) as open_file:
+            for run in layout.runs:
+                with open_file(run.file, True) as (descriptor, is_direct):
+                    self._read(run, descriptor, region, position + run.position, is_direct=is_direct)
+                    if not is_direct and hasattr(os, "posix_fadvise"):
+                        _drop(descriptor, run)
 
     def unload(self, layout: Layout, region: Region, position: int) -> None:
         """Nothing: the next expert is read over this one."""

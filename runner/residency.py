@@ -24,7 +24,8 @@ from runner.reading import Way
 GROUP_EXPERTS = 16
 """Experts that are asked for together: enough for the disk, few enough that the next group arrives meanwhile."""
 
-_URGENCY = 1
+URGENT = 1
+"""Of what is waited for now."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -220,7 +221,7 @@ class ExpertWindow:
         tensors = self._region.tensors(layout, position)
         slot.turn += 1
         work = partial(_bring_in, slot, slot.turn, self._way, layout, self._region, position, self._guard, number)
-        load = self._background.submit(work, urgency=_URGENCY)
+        load = self._background.submit(work, urgency=URGENT)
         self._held[key] = HeldExpert(key=key, slot=number, layout=layout, load=load, tensors=tensors)
         self._unused.pop()
         self._policy.admit(key)

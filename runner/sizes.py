@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from manifests.console import format_bytes
+from manifests.errors import ResourceError
 from runner import kernels, machine
 from runner.breakeven import Costs
 from runner.budget import Budget, Sizes, plan_budget
@@ -23,12 +25,13 @@ def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
 def default_io(contents: Contents, config: ModelConfig) -> str:
     """How experts come in when nobody says: mapped.
 
-    But not without the compiled library, which that needs; nor where an expert takes less memory than the huge pages
-    that its parts share with their neighbours, as in a GGUF file of small experts: then half as many would fit.
+    But not from a server; nor without the compiled library, which that needs; nor where an expert takes less memory
+    than the huge pages that its parts share with their neighbours, as in a GGUF file of small experts: then half as
+    many would fit.
     """
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     is_dear = _shared_bytes(contents, layers) > contents.expert_bytes(layers)
-    return "direct" if is_dear or kernels.library() is None else "mmap"
+    return "direct" if contents.cache is not None or is_dear or kernels.library() is None else "mmap"
 
 
 def _shared_bytes(contents: Contents, layers: Iterable[int]) -> int:
@@ -53,6 +56,30 @@ def measure(contents: Contents, config: ModelConfig, io: str, mtp: MtpParts | No
         experts=len(experts),
         layers=config.num_hidden_layers + (mtp is not None),
     )
+
+
+def check_cache(contents: Contents, config: ModelConfig, mtp: MtpParts | None = None) -> None:
+    """Refuse a cache that holds less than a token needs: the dense part, and the experts that are selected for it.
+
+    Raises:
+        ResourceError: Its bound is less; with the least that would do.
+    """
+    if contents.cache is None or (bound := contents.cache.bound) is None:
+        return
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers + (mtp is not None))
+    groups = [*pass_order(config.num_hidden_layers, head_of(config)), "model.embed_tokens"]
+    if mtp is not None:
+        groups += mtp_order(mtp.layer, mtp.copies[1].used)
+    dense = contents.kept_bytes(groups)
+    experts = max((contents.kept_bytes([f"model.layers.{layer}.mlp.experts.0"]) for layer in layers), default=0)
+    least = dense + experts * len(layers) * config.num_experts_per_tok + contents.cache.small_bytes
+    if bound < least:
+        digit = 10 ** max(0, len(str(least)) - 3)  # three are shown: rounded up, so that what is said is enough
+        raise ResourceError(
+            f"a token of this model needs {format_bytes(-(-least // digit) * digit)} of cache (dense weights "
+            f"{format_bytes(dense)}, {config.num_experts_per_tok} experts of each of {len(layers)} layers), "
+            f"but --cache-size is {format_bytes(bound)}; give more"
+        )
 
 
 def plan_memory(

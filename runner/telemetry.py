@@ -34,6 +34,8 @@ class Usage:
         expert_misses: Experts that were not.
         wait_s: Seconds that the model waited for weights.
         resident_bytes: Bytes of weights that are in memory now.
+        fetched_bytes: Bytes that came from a server for it.
+        fetch_wait_s: Seconds of `wait_s` in which some were on their way.
     """
 
     files: int = 0
@@ -42,6 +44,8 @@ class Usage:
     expert_misses: int = 0
     wait_s: float = 0.0
     resident_bytes: int = 0
+    fetched_bytes: int = 0
+    fetch_wait_s: float = 0.0
 
     def since(self, before: Usage) -> Usage:
         """What came after ``before``; what is in memory is now's."""
@@ -52,6 +56,8 @@ class Usage:
             expert_misses=self.expert_misses - before.expert_misses,
             wait_s=self.wait_s - before.wait_s,
             resident_bytes=self.resident_bytes,
+            fetched_bytes=self.fetched_bytes - before.fetched_bytes,
+            fetch_wait_s=self.fetch_wait_s - before.fetch_wait_s,
         )
 
     def __str__(self) -> str:
@@ -59,7 +65,13 @@ class Usage:
         asked = self.expert_hits + self.expert_misses
         hits = f", {self.expert_hits / asked:.0%} of experts were in memory" if asked else ""
         wait = f", waited {format_seconds(self.wait_s)}" if self.wait_s >= 0.05 else ""
-        return f"read {format_bytes(self.read_bytes)}{hits}{wait}; {format_bytes(self.resident_bytes)} in memory"
+        fetched = ""
+        if self.fetched_bytes:
+            fetched = (
+                f", fetched {format_bytes(self.fetched_bytes)} and waited {format_seconds(self.fetch_wait_s)} for it"
+            )
+        read = f"read {format_bytes(self.read_bytes)}{hits}{wait}{fetched}"
+        return f"{read}; {format_bytes(self.resident_bytes)} in memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,12 @@ class RunStats:
         """None when no step followed the first token."""
         return _rate(self.decode_steps, self.decode_s)
 
+    @property
+    def fetched_bytes_per_token(self) -> float | None:
+        """Bytes from a server for each token that was read or made; None without any."""
+        tokens = self.prefill_tokens + self.decode_steps
+        return self.usage.fetched_bytes / tokens if tokens else None
+
     def to_document(self) -> dict[str, Any]:
         """For ``--json``; the keys are a promise."""
         return {
@@ -112,6 +130,9 @@ class RunStats:
             "read_bytes": self.usage.read_bytes,
             "wait_s": self.usage.wait_s,
             "resident_bytes": self.usage.resident_bytes,
+            "fetched_bytes": self.usage.fetched_bytes,
+            "fetched_bytes_per_token": self.fetched_bytes_per_token,
+            "fetch_wait_s": self.usage.fetch_wait_s,
         }
 
     def __str__(self) -> str:
@@ -125,6 +146,8 @@ class RunStats:
         if experts:
             parts.append(f"{counted(experts, 'expert')} used in {counted(len(self.experts_used), 'layer')}")
         parts.append(str(self.usage))
+        if self.usage.fetched_bytes and (per_token := self.fetched_bytes_per_token) is not None:
+            parts.append(f"{format_bytes(round(per_token))} fetched for each token")
         return "; ".join(parts)
 
 

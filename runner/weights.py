@@ -8,7 +8,9 @@ not know what the tensors mean.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,12 +24,9 @@ from runner.fp8 import Matrix, stored_matrix
 from runner.layout import PAGE_BYTES
 from runner.memory import dtype_of
 from runner.policy import Key, Policy
-from runner.reading import Direct, Mapped
-from runner.residency import ExpertWindow, HeldExpert
+from runner.reading import Direct, Files, Mapped, Way
+from runner.residency import URGENT, ExpertWindow, HeldExpert
 from runner.telemetry import Usage
-
-WAYS: dict[str, type[Direct] | type[Mapped]] = {"mmap": Mapped, "direct": Direct}
-"""How experts come in, by what ``--io`` calls it."""
 
 
 class WeightStore:
@@ -39,7 +38,7 @@ class WeightStore:
             before it are used.
         experts: Routed experts that may be asked for.
         slots: How many of these may be in memory at once; all when not given.
-        io: A key of WAYS.
+        io: How experts come in: ``mmap`` or ``direct``.
     """
 
     def __init__(
@@ -52,10 +51,13 @@ class WeightStore:
         io: str = "direct",
     ) -> None:
         self._contents = contents
-        self._files = contents.open_files()
-        background = Background()
-        self._dense = DenseWeights(contents.group, contents.with_halves(order), Direct(self._files), background)
-        way = WAYS[io](self._files)
+        self._files = files = contents.open_files()
+        self._background = background = Background(files.loads_at_once, lambda: files.fetching_s)
+        self._dense = DenseWeights(contents.group, contents.with_halves(order), Direct(files), background)
+        if io == "mmap" and not isinstance(files, Files):
+            # A mapping would outlive the lock that keeps others from freeing what is mapped.
+            raise ToolkitError(f"{contents}: is read from a server, and cannot be mapped; leave --io mmap out")
+        way: Way = Mapped(files) if io == "mmap" and isinstance(files, Files) else Direct(files)
         self._window = ExpertWindow(
             lambda key: contents.expert(key, way.alignment),
             slots=max(1, len(experts)) if slots is None else slots,
@@ -65,6 +67,7 @@ class WeightStore:
             policy=Policy(),
         )
         self._rows_read = 0
+        self._rows_wait_s = 0.0
         self._joined: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -76,6 +79,11 @@ class WeightStore:
         return self._dense.read_bytes + self._window.counters.read_bytes + self._rows_read
 
     @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from a server so far: what `usage` says too, but quickly."""
+        return self._files.fetched_bytes
+
+    @property
     def usage(self) -> Usage:
         """What was read and held so far."""
         counters = self._window.counters
@@ -84,7 +92,9 @@ class WeightStore:
             read_bytes=self.read_bytes,
             expert_hits=counters.hits,
             expert_misses=counters.misses,
-            wait_s=self._dense.wait_s + counters.wait_s,
+            wait_s=self._dense.wait_s + counters.wait_s + self._rows_wait_s,
+            fetched_bytes=self.fetched_bytes,
+            fetch_wait_s=self._background.metered,
             resident_bytes=self._window.held_bytes
             + self._dense.held_bytes
             + sum(tensor.nbytes for tensor in self._joined.values()),
@@ -144,20 +154,33 @@ class WeightStore:
         dtype = dtype_of(name, location.dtype, location.encoding)
         row_bytes = location.shape[1] * dtype.itemsize
         found = bytearray(len(ids) * row_bytes)
-        view = memoryview(found)
-        where = self._files.where(location.file)
-        with self._files.open(location.file) as (descriptor, _):
-            for number, row in enumerate(ids):
-                at = location.offset + row * row_bytes
-                try:
-                    count = os.preadv(descriptor, [view[number * row_bytes : (number + 1) * row_bytes]], at)
-                except OSError as error:
-                    raise ToolkitError(f"{where}: cannot be read at byte {at}: {error.strerror}") from error
-                if count < row_bytes:
-                    raise IntegrityError(f"{where}: ends at byte {at + count}; it was cut while in use")
+        begins = [location.offset + row * row_bytes for row in ids]
+        work = partial(self._read_rows, location.file, begins, row_bytes, memoryview(found))
+        if isinstance(self._files, Files):
+            work()
+        else:
+            # There, so that an interrupt ends the waiting and not the work.
+            begin = time.perf_counter()
+            try:
+                self._background.submit(work, urgency=URGENT).wait()
+            finally:
+                self._rows_wait_s += time.perf_counter() - begin
         self._rows_read += len(found)
         rows = torch.frombuffer(found, dtype=dtype).view(len(ids), location.shape[1])
         return Matrix(weight=rows, scale=None, name=name, encoding=location.encoding)
+
+    def _read_rows(self, file: str, begins: Sequence[int], size: int, view: memoryview) -> None:
+        """Read parts of one size of a file, one behind the other."""
+        where = self._files.where(file)
+        parts = [(file, begin, begin + size) for begin in begins]
+        with self._files.holding(parts) as open_file, open_file(file, False) as (descriptor, _):
+            for number, at in enumerate(begins):
+                try:
+                    count = os.preadv(descriptor, [view[number * size : (number + 1) * size]], at)
+                except OSError as error:
+                    raise ToolkitError(f"{where}: cannot be read at byte {at}: {error.strerror}") from error
+                if count < size:
+                    raise IntegrityError(f"{where}: ends at byte {at + count}; it was cut while in use")
 
     def dense_tensors(self) -> Iterator[Tensor]:
         """All dense weights that are in memory and that products read."""

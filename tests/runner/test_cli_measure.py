@@ -111,7 +111,8 @@ def texts(tmp_path: Path) -> tuple[Path, Path]:
 def test_eval_document(tiny: Path, texts: tuple[Path, Path], document: Document) -> None:
     found = document("eval", "-m", tiny, "-f", texts[0], "-f", texts[1], "--ctx", "6")
     figures = ["tokens", "bytes", "nll", "perplexity", "bits_per_byte"]
-    assert list(found) == [*figures, "ctx", "seconds", "read_bytes", "wait_s", "resident_bytes", "files"]
+    read = ["read_bytes", "wait_s", "fetched_bytes", "fetch_wait_s", "resident_bytes"]
+    assert list(found) == [*figures, "ctx", "seconds", *read, "files"]
     assert [list(one) for one in found["files"]] == [["file", *figures]] * 2
     assert [one["bytes"] for one in found["files"]] == [path.stat().st_size for path in texts]
     loaded = LoadedModel(tiny)

@@ -72,6 +72,9 @@ def test_the_document() -> None:
         "read_bytes": 440_509_440,
         "wait_s": 0.25,
         "resident_bytes": 528_611_328,
+        "fetched_bytes": 0,
+        "fetched_bytes_per_token": 0.0,
+        "fetch_wait_s": 0.0,
     }
 
 

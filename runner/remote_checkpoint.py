@@ -1,0 +1,180 @@
+"""Opens a checkpoint on a server for running: asks for its state, or takes the last one where nobody answers.
+
+A resharded checkpoint's state is its manifest. That of original shards is made from their headers once; then the server
+is asked only whether each is still what it was. This file knows manifests and addresses; it must not know tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import manifests
+from manifests import hub, remote, urls
+from manifests.checkpoint import Checkpoint
+from manifests.config import model_facts, read_config
+from manifests.digest import sha256_hex
+from manifests.errors import ManifestError, RemoteError, SourceNotFoundError
+from manifests.http import Facts, RemoteFile
+from manifests.in_place import describe_in_place
+from manifests.paths import INDEX_NAME, MANIFEST_NAME
+from manifests.remote import RemoteFolder
+from manifests.schema import Manifest
+from manifests.storage import MAX_MANIFEST_BYTES, decode, encode
+from runner.cache_folder import CacheFolder, find_root
+from runner.remote_folder import CachedFolder, read_json
+
+_FACTS_NAME = "facts.json"
+_TRIES_WITH_CACHE = 2
+"""Failures that are borne where the cache can stand in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """One state of a checkpoint, as the cache has it.
+
+    Attributes:
+        key: Its name there.
+        manifest: What it holds.
+        etag: What the server calls its manifest; None when it does not say, or there is none.
+        base: The address of the folder, which says the commit on the Hub.
+        facts: Of original shards and their index, by name.
+    """
+
+    key: str
+    manifest: Manifest
+    etag: str | None
+    base: str
+    facts: Mapping[str, Facts] = field(default_factory=dict)
+
+
+def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
+    """Open a checkpoint on a web server or on the Hugging Face Hub; what is read of it is kept in the cache.
+
+    Args:
+        text: Its address.
+        cache_bytes: The most that the cache may take of its disk; any number when None.
+
+    Raises:
+        SourceNotFoundError, ManifestError, IntegrityError, RemoteError: See `manifests.remote.open_remote`.
+        ToolkitError: The cache cannot be written to.
+    """
+    if urls.is_hub(text) and hub.is_offline(text):
+        try:
+            return manifests.open(text)
+        except SourceNotFoundError:
+            pass  # not downloaded as a whole; what was needed of it may be in the cache
+    cache = CacheFolder(find_root(), cache_bytes)
+    name = text.rstrip("/") if urls.is_hub(text) else urls.parse(text).url.rstrip("/")
+    place = sha256_hex(name.encode())[:32]
+    last = _last(cache, place)
+    origin: RemoteFolder | None = None
+    offline: str | None = None
+    try:
+        if urls.is_hub(text) and hub.is_offline(text):
+            raise RemoteError(f"{text}: HF_HUB_OFFLINE is set")
+        origin = remote.find_folder(text)
+        state = _ask(cache, origin, last)
+        if state is not last:
+            note = {"state": state.key, "etag": state.etag, "base": state.base}
+            cache.put(cache.place(place), json.dumps(note).encode("ascii"))
+    except RemoteError as error:
+        if last is None:
+            raise
+        state, offline = last, str(error)
+    folder = CachedFolder(
+        cache,
+        state.key,
+        state.manifest,
+        name=text if urls.is_hub(text) else urls.shown(name),
+        origin=origin,
+        offline=offline,
+        facts=state.facts,
+    )
+    return Checkpoint(folder, state.manifest)
+
+
+def _last(cache: CacheFolder, place: str) -> _State | None:
+    """The state that an address had last; None when it was never asked, or that is no longer in the cache."""
+    note = read_json(cache.place(place))
+    key, etag, base = (note.get(name) for name in ("state", "etag", "base"))
+    if not isinstance(key, str) or not isinstance(base, str) or not isinstance(etag, str | None):
+        return None
+    path = cache.state(key) / MANIFEST_NAME
+    try:
+        manifest = decode(path.read_bytes(), what=str(path))
+    except (OSError, ManifestError):
+        return None
+    facts = _facts(cache.state(key) / _FACTS_NAME)
+    if manifest.layout != "resharded" and facts.keys() - {INDEX_NAME} != {file.path for file in manifest.files}:
+        return None
+    return _State(key=key, manifest=manifest, etag=etag, base=base, facts=facts)
+
+
+def _ask(cache: CacheFolder, origin: RemoteFolder, last: _State | None) -> _State:
+    """The state that a folder has now; `last` itself when that is still it."""
+    if last is not None and origin.files is not None and last.base == origin.url:
+        return last  # the same commit
+    is_resharded = last is not None and last.manifest.layout == "resharded"
+    tries = None if last is None else _TRIES_WITH_CACHE
+    if origin.files is None or MANIFEST_NAME in origin.files:
+        etag = last.etag if last is not None and is_resharded else None
+        url = urls.join(origin.url, MANIFEST_NAME)
+        found = origin.web.read(url, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
+        if found is None and etag is not None:
+            return _the(last)
+        if found is not None:
+            key = sha256_hex(found.content)
+            if last is not None and key == last.key:
+                return last
+            manifest = decode(found.content, what=origin.where(MANIFEST_NAME))
+            cache.put(cache.state(key) / MANIFEST_NAME, found.content)
+            return _State(key=key, manifest=manifest, etag=found.etag, base=origin.url)
+    if last is not None and not is_resharded and _is_same(origin, last):
+        return last
+    return _read_shards(cache, origin)
+
+
+def _the(state: _State | None) -> _State:
+    assert state is not None
+    return state
+
+
+def _read_shards(cache: CacheFolder, origin: RemoteFolder) -> _State:
+    """The state of original shards, from their headers."""
+    headers = remote.read_shards(origin)
+    names = [*headers, *([INDEX_NAME] if origin.size(INDEX_NAME) is not None else [])]
+    facts = {name: origin.file(name).facts for name in names}
+    manifest = describe_in_place(headers, model_facts(read_config(origin)))
+    note = {name: [one.size, one.etag, one.modified] for name, one in facts.items()}
+    raw, noted = encode(manifest), json.dumps(note, sort_keys=True).encode("ascii")
+    key = hashlib.sha256(raw + noted).hexdigest()
+    cache.put(cache.state(key) / _FACTS_NAME, noted)
+    cache.put(cache.state(key) / MANIFEST_NAME, raw)
+    return _State(key=key, manifest=manifest, etag=None, base=origin.url, facts=facts)
+
+
+def _is_same(origin: RemoteFolder, last: _State) -> bool:
+    """Whether index and shards on the server are still those of a state; a byte of each is asked for, no header."""
+    if INDEX_NAME not in last.facts and origin.size(INDEX_NAME) is not None:
+        return False
+    # Not the files that the folder keeps: these are asked again if one is another.
+    files = [(RemoteFile(origin.web, urls.join(origin.url, name)), facts) for name, facts in last.facts.items()]
+    with ThreadPoolExecutor(max_workers=remote.REQUESTS_AT_ONCE) as pool:
+        try:
+            return not any(pool.map(lambda one: one[0].facts.differs(one[1]), files))
+        except SourceNotFoundError:
+            return False
+
+
+def _facts(path: Path) -> dict[str, Facts]:
+    """What was noted of original shards; empty when that cannot be read."""
+    try:
+        return {
+            name: Facts(size=size, etag=etag, modified=modified)
+            for name, (size, etag, modified) in read_json(path).items()
+        }
+    except (TypeError, ValueError):
+        return {}

@@ -1,0 +1,196 @@
+"""The folder of a checkpoint on a server, with the cache before it: small files, and the way to the large ones.
+
+Small files of a resharded checkpoint are compared with the manifest's digests. Those beside original shards have none:
+the server is asked each time whether they are still the same. This file knows names; it must not know tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manifests import urls
+from manifests.digest import sha256_hex
+from manifests.errors import IntegrityError, ManifestError, RemoteError
+from manifests.folder import Cut
+from manifests.http import Document, Facts, RemoteFile
+from manifests.remote import REQUESTS_AT_ONCE, RemoteFolder
+from manifests.safety import check_relative
+from manifests.schema import Manifest
+from manifests.storage import MAX_MANIFEST_BYTES
+from runner.cache_folder import SMALL, CacheFolder
+
+_ASKED = "asked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the server said of a small file when it was asked last: whether it has it, and the name of its state."""
+
+    is_there: bool
+    etag: str | None
+
+
+class CachedFolder:
+    """A folder on a server, in one state.
+
+    Args:
+        cache: Where what was fetched is kept.
+        key: Of the state.
+        manifest: What the state holds.
+        name: What it is called in messages.
+        origin: The folder itself; None when the server must not, or cannot, be asked.
+        offline: Why the server did not say which state it has; None when it did.
+        facts: What original shards were when their headers were read, by name.
+
+    Attributes:
+        cache: As given.
+        state: The folder of the state.
+        offline: As given.
+    """
+
+    at_once = REQUESTS_AT_ONCE
+
+    def __init__(
+        self,
+        cache: CacheFolder,
+        key: str,
+        manifest: Manifest,
+        *,
+        name: str,
+        origin: RemoteFolder | None,
+        offline: str | None,
+        facts: Mapping[str, Facts],
+    ) -> None:
+        self.cache = cache
+        self.state = cache.state(key)
+        self._name = name
+        self._origin = origin
+        self.offline = offline
+        self._facts = facts
+        self._documents = {document.path: document for document in manifest.documents}
+        self._is_in_place = manifest.layout != "resharded"
+
+    def __str__(self) -> str:
+        return self._name
+
+    def where(self, name: str) -> str:
+        """See `manifests.folder.Folder`."""
+        return f"{self._name.rstrip('/')}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """See `manifests.folder.Folder`."""
+        if not self._is_in_place:
+            document = self._documents.get(name)
+            return None if document is None else document.size
+        # Who asks for its size reads it soon, and then it is here.
+        found = self.read(name, max_bytes=MAX_MANIFEST_BYTES)
+        return None if found is None else len(found)
+
+    def read(self, name: str, *, max_bytes: int) -> bytes | None:
+        """See `manifests.folder.Folder`.
+
+        Raises:
+            IntegrityError: It is not what the manifest says.
+            RemoteError: It is not in the cache, and the server cannot be asked.
+            ResourceError: The cache has no room for it.
+        """
+        check_relative(name, what=str(self))
+        found = self._read_in_place(name, max_bytes) if self._is_in_place else self._read_document(name, max_bytes)
+        if found is not None and len(found) > max_bytes:
+            raise ManifestError(f"{self.where(name)}: larger than {max_bytes} bytes, which no such file needs")
+        return found
+
+    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+        """See `manifests.folder.Folder`; asked of the server."""
+        return self._reach(name).begin(name, size)
+
+    def require(self, name: str) -> None:
+        """See `manifests.folder.Folder`; nothing is asked, the file's own bytes will tell."""
+        check_relative(name, what=str(self))
+
+    def view(self, name: str, size: int) -> Cut:
+        """See `manifests.folder.Folder`; each range is fetched when it is asked for, and not kept."""
+        return self._reach(name).view(name, size)
+
+    def remote_file(self, name: str) -> RemoteFile:
+        """One of its files on the server, which must be what it was when its header was read.
+
+        Raises:
+            RemoteError: The server must not, or cannot, be asked.
+        """
+        check_relative(name, what=str(self))
+        origin = self._reach(name)
+        return RemoteFile(origin.web, urls.join(origin.url, name), self._facts.get(name))
+
+    def _reach(self, name: str) -> RemoteFolder:
+        if self._origin is None:
+            raise RemoteError(
+                f"{self.where(name)}: is needed and not in the cache, and the server cannot be asked; run again with it"
+            )
+        return self._origin
+
+    def _read_document(self, name: str, max_bytes: int) -> bytes | None:
+        document = self._documents.get(name)
+        if document is None:
+            return None
+        path = self.state / SMALL / name
+        if (kept := _kept(path)) is not None and sha256_hex(kept) == document.sha256:
+            return kept
+        for _ in range(2):
+            found = self._ask(name, max_bytes, None)
+            if found is None:
+                raise IntegrityError(f"{self.where(name)}: is in the manifest, but not there")
+            if sha256_hex(found.content) == document.sha256:
+                self.cache.put(path, found.content)
+                return found.content
+        raise IntegrityError(f"{self.where(name)}: was fetched twice and has another sha256 than the manifest says")
+
+    def _read_in_place(self, name: str, max_bytes: int) -> bytes | None:
+        path, note = self.state / SMALL / name, self.state / _ASKED / f"{name}.json"
+        asked, kept = _read_note(note), _kept(path)
+        is_known = asked is not None and (kept is not None or not asked.is_there)
+        # What belongs to a commit stays what it is.
+        if is_known and (self.offline is not None or self._origin is None or self._origin.files is not None):
+            return kept if asked is not None and asked.is_there else None
+        etag = asked.etag if asked is not None and kept is not None and asked.is_there else None
+        found = self._ask(name, max_bytes, etag)
+        if found is None and etag is not None:
+            return kept
+        if found is not None:
+            self.cache.put(path, found.content)
+        document = {"is_there": found is not None, "etag": None if found is None else found.etag}
+        if asked is None or document != {"is_there": asked.is_there, "etag": asked.etag}:
+            self.cache.put(note, json.dumps(document).encode("ascii"))
+        return None if found is None else found.content
+
+    def _ask(self, name: str, max_bytes: int, etag: str | None) -> Document | None:
+        origin = self._reach(name)
+        if origin.files is not None and name not in origin.files:
+            return None
+        return origin.web.read(urls.join(origin.url, name), max_bytes=max_bytes, etag=etag)
+
+
+def _kept(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _read_note(path: Path) -> _Asked | None:
+    found = read_json(path)
+    etag = found.get("etag")
+    if not isinstance(found.get("is_there"), bool) or not isinstance(etag, str | None):
+        return None
+    return _Asked(is_there=found["is_there"], etag=etag)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What was noted in a file of the cache; empty where there is none, or nothing that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
