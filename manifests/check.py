@@ -4,13 +4,14 @@ Sizes and headers are looked at, payloads are not: that takes seconds where `res
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 
 from manifests.checkpoint import Checkpoint
 from manifests.digest import sha256_hex
 from manifests.errors import Problem, RemoteError, ToolkitError
 from manifests.folder import Folder
+from manifests.questions import each
 
 
 def check_files(checkpoint: Checkpoint, watch: Callable[[int, int], None] | None = None) -> list[Problem]:
@@ -29,15 +30,11 @@ def check_files(checkpoint: Checkpoint, watch: Callable[[int, int], None] | None
         for file in checkpoint.manifest.files
     ] + [(document.path, document.size, 0, None) for document in checkpoint.manifest.documents]
     problems: list[Problem] = []
-    with ThreadPoolExecutor(max_workers=checkpoint.folder.at_once) as pool:
-        try:
-            for number, found in enumerate(pool.map(partial(_check, checkpoint.folder), files), start=1):
-                problems += found
-                if watch is not None:
-                    watch(number, len(files))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with closing(each(partial(_check, checkpoint.folder), files, at_once=checkpoint.folder.at_once)) as answers:
+        for number, found in enumerate(answers, start=1):
+            problems += found
+            if watch is not None:
+                watch(number, len(files))
     return problems
 
 

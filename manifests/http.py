@@ -37,6 +37,9 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 300.0
 """A server that asks for more is not waited for."""
 
+READ_BYTES = 512 << 10
+"""Asked of a connection at once: memory for more costs more than the calls that it saves."""
+
 CONNECTIONS = 64
 _REDIRECTS = 5
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -349,7 +352,7 @@ class Stream:
             self._connect()
             assert self._response is not None
             # What has arrived and no more: bytes that a longer call holds would be lost with its connection.
-            data = self._response.read1(wanted, decode_content=False)
+            data = self._response.read1(min(wanted, READ_BYTES), decode_content=False)
             if not data:
                 raise _PassingError("the connection ended early")
             view[: len(data)] = data

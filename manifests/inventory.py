@@ -65,12 +65,15 @@ def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
     return Checkpoint(folder, describe_in_place(read_shards(path), model_facts(read_config(folder))))
 
 
-def open_set(path: Path) -> Checkpoint:
+def open_set(path: str | Path) -> Checkpoint:
     """As `open_model` where all files of a set are there; one of them alone is worth having, too.
 
     Raises:
         SourceNotFoundError, IncompleteError, ManifestError: See `open`.
     """
+    if urls.is_url(path):
+        return open(path)
+    path = Path(path)
     names = gguf_files.set_names(path.name)
     if len(names) > 1 and all((path.parent / name).is_file() for name in names):
         return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))

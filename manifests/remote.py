@@ -6,7 +6,7 @@ their bytes.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from manifests import hub, urls
 from manifests.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from manifests.header import LENGTH_BYTES, Header, header_bytes, parse_header
 from manifests.http import RemoteFile, Web
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
+from manifests.questions import each
 from manifests.safety import check_relative
 from manifests.schema import ModelFacts
 from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
@@ -159,7 +160,24 @@ def read_shards(folder: RemoteFolder, watch: Watch | None = None) -> dict[str, H
     Raises:
         See `open_remote`.
     """
-    raw = folder.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
+    return read_indexed(folder, read_index(folder), watch)
+
+
+def read_index(folder: RemoteFolder) -> bytes | None:
+    """The bytes of a plain checkpoint's index; None when it has none.
+
+    Raises:
+        See `open_remote`.
+    """
+    return folder.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
+
+
+def read_indexed(folder: RemoteFolder, raw: bytes | None, watch: Watch | None = None) -> dict[str, Header]:
+    """As `read_shards`, with the bytes of the index, which were read before.
+
+    Raises:
+        See `open_remote`.
+    """
     if raw is None:
         try:
             return read_headers(folder, [SINGLE_NAME], watch)
@@ -180,16 +198,11 @@ def read_headers(folder: RemoteFolder, names: Sequence[str], watch: Watch | None
         See `open_remote`.
     """
     found: dict[str, Header] = {}
-    with ThreadPoolExecutor(max_workers=REQUESTS_AT_ONCE) as pool:
-        headers = pool.map(lambda name: read_header(folder.file(name)), names)
-        try:
-            for name, header in zip(names, headers, strict=True):
-                found[name] = header
-                if watch is not None:
-                    watch(len(found), len(names))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with closing(each(lambda name: read_header(folder.file(name)), names, at_once=REQUESTS_AT_ONCE)) as headers:
+        for name, header in zip(names, headers, strict=True):
+            found[name] = header
+            if watch is not None:
+                watch(len(found), len(names))
     return found
 
 

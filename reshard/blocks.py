@@ -292,7 +292,7 @@ class PageWriter:
             base = self._begin - self._begin % ALIGN_BYTES
             at = self._end - base
             count = min(len(data), len(self._buffer) - at)
-            _copy(data[:count], self._buffer[at : at + count])
+            copy_bytes(data[:count], self._buffer[at : at + count])
             self._end += count
             data = data[count:]
             if self._end - base == len(self._buffer):
@@ -323,7 +323,7 @@ class PageWriter:
         self._later(write)
 
 
-def _copy(data: memoryview, target: memoryview) -> None:
+def copy_bytes(data: memoryview, target: memoryview) -> None:
     """Copy bytes, and let the other threads go on meanwhile, which an assignment of slices does not."""
     if data.readonly:
         # The zeros of a hole, and what the compressor makes: Python gives no address for them.

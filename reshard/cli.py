@@ -22,6 +22,8 @@ from reshard.cli_options import (
     events_option,
     folder_argument,
     selection_options,
+    shown,
+    source_argument,
     stream_jobs,
     streams_option,
 )
@@ -49,8 +51,8 @@ def reshard() -> None:
       reshard run     DeepSeek-V3 DeepSeek-V3-experts
       reshard restore DeepSeek-V3-experts --check
 
-    Tensor bytes never change. SRC is a folder with shards and config.json as published, or a
-    GGUF file.
+    Tensor bytes never change. SRC is a folder with shards and config.json as published, or its
+    address, or a GGUF file.
     """
 
 
@@ -59,7 +61,7 @@ for command in (doctor, pack, plan, repair, restore, unpack, verify):
 
 
 @reshard.command()
-@folder_argument("src")
+@source_argument("src")
 @folder_argument("dst")
 @streams_option
 @selection_options
@@ -70,7 +72,7 @@ for command in (doctor, pack, plan, repair, restore, unpack, verify):
 @events_option
 @quiet_option
 def run(
-    src: Path,
+    src: Path | str,
     dst: Path,
     jobs: int | None,
     layers: tuple[int, ...] | None,
@@ -91,9 +93,10 @@ def run(
       reshard run DeepSeek-V3 DeepSeek-V3-experts
       reshard run DeepSeek-V3 DeepSeek-V3-experts --consume
       reshard run DeepSeek-V3 two-layers --layers 3-4
+      reshard run hf://deepseek-ai/DeepSeek-V3 two-layers --layers 3-4
 
-    Interrupted in any way, the same command goes on from the last shard that was finished. With other layers or
-    experts it adds to what DST holds.
+    Interrupted in any way, the same command goes on from the last shard that was finished; where SRC is an address,
+    from the bytes of a shard that were safe. With other layers or experts it adds to what DST holds.
 
     At the end it says how fast it was, as a share of the rate at which the source's disk was read just before; where
     source and destination share that disk, reading and writing count together.
@@ -109,12 +112,12 @@ def run(
         discarding.discard(root, dst)
     elif not dry_run:
         # All was there before it became this: then the command goes on as with any complete checkpoint.
-        require_folder(root, "give the folder that holds the checkpoint's shards, or a GGUF file")
-        finish_packing(dst, events, quiet=quiet)
+        _finish_packing(root, dst, events, quiet=quiet)
     source, planned, earlier = look(src, dst, selection)
     if dry_run:
         show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
         return
+    is_far = source.place.is_far
     if not is_confirmed:
         _confirm(source, planned, consume=consume, yes=yes)
     remarks = _remarks(source, planned)
@@ -124,7 +127,7 @@ def run(
         progress.event(
             "begin",
             command="run",
-            source=str(src),
+            source=shown(src),
             path=str(dst),
             shards=len(source.shards),
             files=len(planned.files),
@@ -132,19 +135,19 @@ def run(
         )
         for remark in remarks:
             progress.event("remark", message=remark)
-        with continuable(dst, consume=consume or earlier.consumes, quiet=quiet):
+        with continuable(dst, consume=consume or earlier.consumes, quiet=quiet, is_far=is_far):
             outcome = reshard_checkpoint(
                 source,
                 planned,
                 dst,
-                jobs=stream_jobs(jobs, consume=consume),
+                jobs=stream_jobs(jobs, consume=consume, is_far=is_far),
                 progress=progress,
                 consume=consume,
                 paranoid=paranoid,
                 known=earlier,
             )
     seconds = time.perf_counter() - started
-    shares_disk = same_disk(root, dst)
+    shares_disk = root is not None and same_disk(root, dst)
     share = None
     if read_rate is not None:
         share = share_of_disk(outcome.moved_bytes, seconds, read_rate=read_rate, shares_disk=shares_disk)
@@ -168,10 +171,17 @@ def run(
     elif as_json:
         events.end(result)
     if not (as_json or quiet):
-        if consume and any((root / shard).exists() for shard in source.shards):
+        if consume and any(source.place.has(shard) for shard in source.shards):
             why = f"{printable(str(dst))} was complete before; prove it, and delete {printable(str(src))} yourself"
             remarks.append(f"nothing was freed, for {why}")
         _advise(dst, planned, remarks)
+
+
+def _finish_packing(root: Path | None, dst: Path, events: EventStream, *, quiet: bool) -> None:
+    """Finish what was interrupted behind a run, if the source is where it is said to be."""
+    if root is not None:
+        require_folder(root, "give the folder that holds the checkpoint's shards, or a GGUF file")
+    finish_packing(dst, events, quiet=quiet)
 
 
 def _advise(dst: Path, planned: Plan, remarks: list[str]) -> None:
@@ -229,7 +239,7 @@ def _share(share: float | None, *, shares_disk: bool) -> str:
 def _remarks(source: SourceCheckpoint, planned: Plan) -> list[str]:
     remarks = [f"a name that no rule knows: {line}" for line in unknown_lines(planned.unknown)]
     if not source.config:
-        remarks.append(f"{printable(str(source.path))} has no config.json: without it the result cannot be run")
+        remarks.append(f"{printable(source.name)} has no config.json: without it the result cannot be run")
     if source.left_out:
         remarks.append(f"left out {printable(', '.join(source.left_out))}")
     return remarks

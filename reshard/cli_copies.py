@@ -17,6 +17,7 @@ from reshard import restore as restoring
 from reshard import verify as verifying
 from reshard.cli_events import EventStream
 from reshard.cli_options import (
+    SourcePath,
     confirm_consume,
     consume_options,
     continuable,
@@ -24,6 +25,7 @@ from reshard.cli_options import (
     events_option,
     folder_argument,
     jobs_option,
+    shown,
     stream_jobs,
     streams_option,
 )
@@ -38,11 +40,13 @@ SHOWN_NAMES = 5
 
 @click.command()
 @folder_argument("dst")
-@click.option("--against", type=click.Path(path_type=Path), help="Also compare with the source, a folder or GGUF file.")
+@click.option(
+    "--against", type=SourcePath(path_type=Path), help="Also compare with the source: a folder, GGUF file or address."
+)
 @jobs_option
 @events_option
 @quiet_option
-def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: bool) -> None:
+def verify(dst: Path, against: Path | str | None, jobs: int, as_json: bool, quiet: bool) -> None:
     """Read every byte of DST and name what is damaged: file, tensor, byte range. Exit 13 when anything is.
 
     \b
@@ -51,18 +55,23 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
     """
     checkpoint = inventory.open(dst)
     source = require_source(checkpoint)
-    folder = None if against is None else verifying.source_folder(checkpoint, against)
+    root = None if against is None else verifying.source_folder(checkpoint, against)
     total = sum(file.size for file in checkpoint.manifest.files)
     total += sum(document.size for document in checkpoint.manifest.documents)
-    if folder is not None:
+    if root is not None:
         total += sum(shard.size for shard in source.shards if shard.sha256 is not None)
+    place = verifying.find_published(str(against)) if against is not None and root is None else None
+    unproven: list[str] = []
     events = EventStream(enabled=as_json)
     with events.show_progress(total, label="verify", quiet=quiet) as progress:
         progress.event("begin", command="verify", path=str(dst), total_bytes=total)
         own = verifying.verify(checkpoint, jobs=jobs, progress=progress)
         findings = list(own)
-        if folder is not None:
-            findings += verifying.verify_against(checkpoint, folder, jobs=jobs, progress=progress)
+        if root is not None:
+            findings += verifying.verify_against(checkpoint, root, jobs=jobs, progress=progress)
+        elif place is not None:
+            findings += verifying.verify_published(checkpoint, place, jobs=jobs, progress=progress)
+            unproven = [shard.name for shard in source.shards if place.sha256(shard.name) is None]
     unnamed = verifying.find_unnamed(checkpoint)
     if as_json:
         damage = [dataclasses.asdict(finding) for finding in findings]
@@ -75,6 +84,10 @@ def verify(dst: Path, against: Path | None, jobs: int, as_json: bool, quiet: boo
             click.echo(f"{printable(str(dst))}: {format_bytes(progress.bytes)} read, every digest is right")
         if not quiet:
             _advise(dst, own, unnamed)
+            if unproven:
+                what = "its shard" if len(unproven) == 1 else f"{len(unproven)} of its shards"
+                why = f"{what} by size and header: no sha256 is published, and no shard is fetched for this"
+                click.echo(f"note: {printable(shown(against or ''))} was compared in {why}", err=True)
     if findings:
         raise click.exceptions.Exit(EXIT_DAMAGED)
 
@@ -101,11 +114,17 @@ def _is_closed(path: Path) -> bool:
 
 @click.command()
 @folder_argument("dst")
-@click.option("--from", "source", type=click.Path(path_type=Path), required=True, help="The shards, or another copy.")
+@click.option(
+    "--from",
+    "source",
+    type=SourcePath(path_type=Path),
+    required=True,
+    help="The shards, or another copy: a folder, a file or an address.",
+)
 @jobs_option
 @events_option
 @quiet_option
-def repair(dst: Path, source: Path, jobs: int, as_json: bool, quiet: bool) -> None:
+def repair(dst: Path, source: Path | str, jobs: int, as_json: bool, quiet: bool) -> None:
     """Verify DST, and copy what is damaged again: from the original shards or from another resharded copy.
 
     \b
@@ -115,7 +134,7 @@ def repair(dst: Path, source: Path, jobs: int, as_json: bool, quiet: bool) -> No
     Nothing is taken whose digest is not the one in DST's manifest. Exit 13 when something is damaged still.
     """
     events = EventStream(enabled=as_json)
-    events.begin(command="repair", source=str(source), path=str(dst))
+    events.begin(command="repair", source=shown(source), path=str(dst))
     failure: UnrepairedError | None = None
     try:
         repaired = repairing.repair(dst, source, jobs=jobs, progress=partial(events.show_progress, quiet=quiet))
@@ -127,7 +146,7 @@ def repair(dst: Path, source: Path, jobs: int, as_json: bool, quiet: bool) -> No
         events.end({"path": str(dst), "repaired": [dataclasses.asdict(r) for r in repaired], "failures": failures})
     else:
         for each in repaired:
-            what = f"{format_bytes(each.taken_bytes)} taken from {source}"
+            what = f"{format_bytes(each.taken_bytes)} taken from {shown(source)}"
             click.echo(printable(f"{each.path}: repaired, {what}"))
         if not repaired and failure is None:
             click.echo(f"{printable(str(dst))}: nothing is damaged")

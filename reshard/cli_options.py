@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
+from manifests import urls
 from manifests.console import printable
 from manifests.errors import ToolkitError
 from manifests.paths import JOURNAL_NAME
-from reshard.workers import DEFAULT_JOBS, STREAM_JOBS
+from reshard.workers import DEFAULT_JOBS, REMOTE_JOBS, STREAM_JOBS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,9 +34,37 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic since cl
         return tuple(sorted(numbers))
 
 
+class FolderPath(click.Path):
+    """A path on this machine. Made into a path, an address would be one of a folder called ``http:``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give the path, or fail as a usage error."""
+        if urls.is_url(value):
+            self.fail(f"{urls.shown(value)} is an address; it must be a folder of this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class SourcePath(click.Path):
+    """A path on this machine, or an address, which stays the text that it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give the path or the address."""
+        return value if urls.is_url(value) else super().convert(value, param, ctx)
+
+
 def folder_argument(name: str, *, required: bool = True) -> Callable[[F], F]:
     """A folder as an argument; that it is there is the command's to ask."""
-    return click.argument(name, type=click.Path(path_type=Path), required=required)
+    return click.argument(name, type=FolderPath(path_type=Path), required=required)
+
+
+def source_argument(name: str) -> Callable[[F], F]:
+    """A source as an argument: a folder, a file, or an address as text."""
+    return click.argument(name, type=SourcePath(path_type=Path))
+
+
+def shown(source: Path | str) -> str:
+    """A source as it is shown: an address may hold a password."""
+    return urls.shown(source) if isinstance(source, str) else str(source)
 
 
 def selection_options(function: F) -> F:
@@ -58,15 +87,16 @@ def streams_option(function: F) -> F:
     return click.option(
         "--jobs",
         type=click.IntRange(1, 64),
-        help=f"Shards at the same time: {STREAM_JOBS} unless given, 1 with --consume.",
+        help=f"Shards at the same time: {STREAM_JOBS} unless given, 1 with --consume. "
+        f"With an address, connections: {REMOTE_JOBS} unless given.",
     )(function)
 
 
-def stream_jobs(jobs: int | None, *, consume: bool) -> int:
+def stream_jobs(jobs: int | None, *, consume: bool, is_far: bool = False) -> int:
     """As many as were asked for. Each shard that is under way takes its room twice, which --consume is to spare."""
     if jobs is not None:
         return jobs
-    return 1 if consume else STREAM_JOBS
+    return REMOTE_JOBS if is_far else 1 if consume else STREAM_JOBS
 
 
 def consume_options(function: F) -> F:
@@ -109,16 +139,15 @@ def continue_options(function: F) -> F:
 
 
 @contextmanager
-def continuable(folder: Path, *, consume: bool, quiet: bool) -> Iterator[None]:
+def continuable(folder: Path, *, consume: bool, quiet: bool, is_far: bool = False) -> Iterator[None]:
     """Whoever stops a run is told that it can go on, and start again unless it may have used up its source."""
     try:
         yield
     except KeyboardInterrupt:
         if not quiet and (folder / JOURNAL_NAME).exists():
             other = "" if consume else ", --discard starts again"
-            click.echo(
-                f"{printable(str(folder))}: the same command goes on from the last finished shard{other}", err=True
-            )
+            where = "what is safe on disk" if is_far else "the last finished shard"
+            click.echo(f"{printable(str(folder))}: the same command goes on from {where}{other}", err=True)
         raise
 
 

@@ -8,30 +8,31 @@ import click
 
 from manifests.console import counted, format_bytes, format_seconds, json_option, print_json, printable
 from manifests.schema import Selection
-from reshard.cli_options import folder_argument, selection_options
+from reshard.blocks import BLOCK_BYTES
+from reshard.cli_options import folder_argument, selection_options, source_argument
 from reshard.consume import same_disk
 from reshard.destination import check_apart, check_empty, check_inodes, check_room, check_writable, free_bytes
-from reshard.disk import measure_hash_rate, measure_read_rate
+from reshard.disk import measure_arrival_rate, measure_hash_rate, measure_read_rate
 from reshard.earlier import Earlier, find_earlier
 from reshard.filesystem import free_inodes
 from reshard.forecast import Estimate, estimate_reshard, hashing_cores, hole_bytes, largest_shard
 from reshard.plan import Plan, make_plan
 from reshard.remaining import Remaining, find_remaining, left_inodes, needed_room
 from reshard.run import check_consume, consume_peak_bytes, needed_by_consuming
-from reshard.source import SourceCheckpoint, read_source, source_root
-from reshard.workers import STREAM_JOBS
+from reshard.source import SourceCheckpoint, local_path, read_source, source_root
+from reshard.workers import REMOTE_JOBS, STREAM_JOBS, StopFlag
 
 SHOWN_NAMES = 5
 
 
 @click.command()
-@folder_argument("src")
+@source_argument("src")
 @folder_argument("dst", required=False)
 @selection_options
 @click.option("--consume", is_flag=True, help="Also the room that `run --consume` needs beside the source.")
 @json_option
 def plan(
-    src: Path,
+    src: Path | str,
     dst: Path | None,
     layers: tuple[int, ...] | None,
     experts: tuple[int, ...] | None,
@@ -50,11 +51,11 @@ def plan(
     show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
 
 
-def look(src: Path, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
+def look(src: Path | str, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
     """A source, also one that an interrupted run has begun to use up; the plan; and what the destination holds."""
     earlier = Earlier()
     if dst is not None:
-        check_apart(src, dst)
+        check_apart(local_path(src), dst)
         earlier = find_earlier(source_root(src), dst)
         if dst.is_dir() and earlier.journal is None and earlier.manifest is None:
             check_empty(dst)
@@ -104,7 +105,8 @@ def show_plan(
 def _describe(
     source: SourceCheckpoint, planned: Plan, destination: Path | None, remaining: Remaining, *, consume: bool
 ) -> dict[str, Any]:
-    folder = destination or source.root
+    # Beside a folder of this machine most people put it; what is on a server has none.
+    folder = destination or source.place.root or Path()
     needed = needed_room(source, planned, destination, remaining, consume=consume)
     free = free_bytes(folder)
     by_consuming = None
@@ -113,7 +115,7 @@ def _describe(
     rate, estimate = _estimate(source, remaining, folder)
     seconds = 0.0 if remaining.state == "complete" else None if estimate is None else estimate.seconds
     return {
-        "source": str(source.path),
+        "source": source.name,
         "shards": len(source.shards),
         "tensors": sum(len(file.tensors) for file in planned.files),
         "left_out_tensors": planned.left_out_tensors,
@@ -143,8 +145,7 @@ def _describe(
 
 def _estimate(source: SourceCheckpoint, remaining: Remaining, folder: Path) -> tuple[float | None, Estimate | None]:
     """The rate at which the source is read, and the time at that; None where too little is read to tell."""
-    largest = largest_shard(source) if remaining.shards else None
-    rate = None if largest is None else measure_read_rate(largest)
+    rate = _read_rate(source, remaining) if remaining.shards else None
     if rate is None:
         return None, None
     return rate, estimate_reshard(
@@ -153,10 +154,24 @@ def _estimate(source: SourceCheckpoint, remaining: Remaining, folder: Path) -> t
         holes=hole_bytes(source, remaining.shards),
         read_rate=rate,
         write_rate=None,  # to know it one has to write
-        shares_disk=same_disk(source.root, folder),
+        shares_disk=source.place.root is not None and same_disk(source.place.root, folder),
         hash_rate=measure_hash_rate(),
         cores=hashing_cores(STREAM_JOBS),
     )
+
+
+def _read_rate(source: SourceCheckpoint, remaining: Remaining) -> float | None:
+    """Bytes per second that the source's disk or server gives now; None where too little is read to tell."""
+    if not source.place.is_far:
+        largest = largest_shard(source)
+        return None if largest is None else measure_read_rate(largest)
+    name = max(remaining.shards, key=lambda name: source.shards[name].file_bytes)
+    header = source.shards[name]
+    begin, end = len(header.raw), header.file_bytes
+    if end - begin < 2 * BLOCK_BYTES:
+        return None
+    with source.place.reading(name, header, [(begin, end)], connections=REMOTE_JOBS, stop=StopFlag()) as file:
+        return measure_arrival_rate(file, begin, end)
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -18,22 +18,24 @@ from typing import NoReturn
 from manifests.errors import LockedError, ResourceError, ToolkitError
 from manifests.paths import JOURNAL_NAME
 from manifests.storage import sync_folder
-from reshard.blocks import Reader, Writer, temporary_path, write_error
+from reshard.blocks import ALIGN_BYTES, BLOCK_BYTES, Writer, aligned_buffer, temporary_path, write_error
 from reshard.filesystem import existing_folder, free_inodes
 from reshard.lock import lock_folder
+from reshard.readable import LocalFile, Readable, read_blocks
 
 
-def check_apart(source: Path, destination: Path) -> None:
-    """Refuse a destination that is a file or overlaps the source.
+def check_apart(source: Path | None, destination: Path) -> None:
+    """Refuse a destination that is a file or overlaps the source, which may not be on this machine.
 
     Raises:
         ToolkitError: It does.
     """
-    real_source, real_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
-    if real_destination == real_source:
-        raise ToolkitError(f"{destination}: is the source itself; choose a folder beside it")
-    if real_destination.is_relative_to(real_source) or real_source.is_relative_to(real_destination):
-        raise ToolkitError(f"{destination}: lies inside {source} or around it; choose a folder beside it")
+    if source is not None:
+        real_source, real_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
+        if real_destination == real_source:
+            raise ToolkitError(f"{destination}: is the source itself; choose a folder beside it")
+        if real_destination.is_relative_to(real_source) or real_source.is_relative_to(real_destination):
+            raise ToolkitError(f"{destination}: lies inside {source} or around it; choose a folder beside it")
     if destination.exists() and not destination.is_dir():
         raise ToolkitError(f"{destination}: is a file; choose a new or empty folder")
 
@@ -217,16 +219,21 @@ def _one_interrupt() -> Iterator[Callable[[], None]]:
 def copy_file(source: Path, destination: Path) -> tuple[int, str]:
     """Copy one small file durably; return its size and sha256. A finished copy that is there already is kept."""
     size = source.stat().st_size
+    return size, copy_readable(LocalFile(source), size, destination)
+
+
+def copy_readable(source: Readable, size: int, destination: Path) -> str:
+    """Copy one small file from wherever it is, as `copy_file` does; return its sha256."""
     hasher = hashlib.sha256()
-    with closing(Reader(source)) as reader:
+    with closing(source.open()) as reader:
         if destination.exists():
-            if destination.stat().st_size == size and hash_file(destination) == hash_file(source):
-                return size, hash_file(destination)
+            if destination.stat().st_size == size and (known := hash_file(destination)) == hash_readable(source, size):
+                return known
             os.unlink(destination)
         writer = _fresh_writer(destination)
         try:
             offset = 0
-            for block in reader.blocks(0, size):
+            for block in read_blocks(reader, block_for(size), 0, size):
                 hasher.update(block)
                 writer.write(block, offset)
                 offset += len(block)
@@ -234,16 +241,26 @@ def copy_file(source: Path, destination: Path) -> tuple[int, str]:
         except BaseException:
             writer.abandon()
             raise
-    return size, hasher.hexdigest()
+    return hasher.hexdigest()
 
 
 def hash_file(path: Path) -> str:
     """The sha256 of a whole file."""
+    return hash_readable(LocalFile(path), path.stat().st_size)
+
+
+def hash_readable(file: Readable, size: int) -> str:
+    """The sha256 of a whole file of so many bytes, wherever it is."""
     hasher = hashlib.sha256()
-    with closing(Reader(path)) as reader:
-        for block in reader.blocks(0, path.stat().st_size):
+    with closing(file.open()) as reader:
+        for block in read_blocks(reader, block_for(size), 0, size):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def block_for(size: int) -> memoryview:
+    """Memory to read so many bytes: most small files are smaller than a block, and touching one takes as long."""
+    return aligned_buffer(min(size + 2 * ALIGN_BYTES, BLOCK_BYTES))
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -20,11 +20,11 @@ from reshard.journal import is_consuming, read_begin, read_journal
 from reshard.lock import lock_folder
 
 
-def discard(source: Path, destination: Path) -> None:
+def discard(source: Path | None, destination: Path) -> None:
     """Remove what an interrupted command left in a destination; a checkpoint that it was widening stays.
 
     Args:
-        source: Where the command read from.
+        source: Where the command read from; None when that is on a server.
         destination: The folder it wrote to. Without a journal in it nothing happens.
 
     Raises:
@@ -45,7 +45,7 @@ def discard(source: Path, destination: Path) -> None:
             _remove_added(destination, kept)
 
 
-def check_discardable(source: Path, destination: Path) -> bool:
+def check_discardable(source: Path | None, destination: Path) -> bool:
     """Refuse to remove what could not be made again; whether there is anything to remove.
 
     Raises:
@@ -58,7 +58,14 @@ def check_discardable(source: Path, destination: Path) -> bool:
         raise ToolkitError(
             f"{destination}: `reshard {begin.get('task')}` was interrupted here; give it again to finish it"
         )
-    _require_whole(source, destination, begin, may_have_freed=_may_have_freed(destination))
+    may_have_freed = _may_have_freed(destination)
+    if source is not None:
+        _require_whole(source, destination, begin, may_have_freed=may_have_freed)
+    elif may_have_freed:
+        raise ToolkitError(
+            f"{destination}: --consume may have freed a part of what was read into it, whose bytes are then only here; "
+            "give the command that began it without --discard to finish it"
+        )
     return True
 
 
@@ -83,7 +90,7 @@ def _require_whole(source: Path, destination: Path, begin: Mapping[str, Any], *,
         gone = [] if others and may_have_freed else _missing_files(source) if is_there else [MANIFEST_NAME]
     else:
         check_begin(begin, destination)
-        shards = {shard["name"]: (shard["size"], shard["mtime_ns"]) for shard in begin["shards"]}
+        shards = {shard["name"]: (shard["size"], shard.get("mtime_ns")) for shard in begin["shards"]}
         gone = [name for name in shards if not (source / name).exists()]
         others = [name for name in shards if name not in gone and _stamp(source / name) != shards[name]]
     if gone and not may_have_freed:

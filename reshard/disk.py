@@ -1,4 +1,4 @@
-"""How fast disks and processor are here: what `forecast` computes from, and what `run` compares itself with.
+"""How fast disks, servers and processor are here: what `forecast` computes from, and what `run` compares itself with.
 
 Disks are measured as a run uses them: in its blocks, past the page cache where the file system allows. Only what says
 so writes, and it removes what it wrote. Knows files and folders; it must not know checkpoints.
@@ -12,9 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 from reshard.blocks import BLOCK_BYTES, Reader, Writer, aligned_buffer
+from reshard.readable import Readable
 
 SAMPLE_BYTES = 256 << 20
 READ_SECONDS = 0.5
+ARRIVAL_SECONDS = 1.5
 WRITE_SECONDS = 0.7
 HASH_SECONDS = 0.15
 FSYNCS = 9
@@ -45,6 +47,27 @@ def measure_read_rate(path: Path, *, sample_bytes: int = SAMPLE_BYTES) -> float 
                 seconds += time.perf_counter() - began
                 done += len(data)
     return done / seconds if done >= BLOCK_BYTES else None
+
+
+def measure_arrival_rate(file: Readable, begin: int, end: int) -> float | None:
+    """Bytes per second at which a range of a file, which is not empty, arrives from elsewhere: after the first block.
+
+    Returns:
+        None when it ends too early to tell.
+
+    Raises:
+        ToolkitError: It cannot be read.
+    """
+    buffer = aligned_buffer(BLOCK_BYTES)
+    with closing(file.open()) as reader:
+        data, _ = reader.read(buffer, begin, end)
+        first = position = begin + len(data)
+        began = time.perf_counter()
+        while position < end and time.perf_counter() - began < ARRIVAL_SECONDS:
+            data, _ = reader.read(buffer, position, end)
+            position += len(data)
+        seconds = time.perf_counter() - began
+    return (position - first) / seconds if position - first >= BLOCK_BYTES else None
 
 
 def measure_write_rate(folder: Path, *, most_bytes: int = SAMPLE_BYTES) -> float | None:

@@ -147,7 +147,7 @@ class _Examination:
 
     def __init__(self, source: Path, destination: Path) -> None:
         self._source_path = source
-        self._root = source_root(source)
+        self._root = source_root(source) or source
         self._destination = destination
         self._report = Report(source=source, destination=destination)
         self._facts = self._report.facts

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from manifests.digest import sha256_hex
 from manifests.paths import INDEX_NAME, SOURCE_FOLDER
-from manifests.safety import resolve_inside
 from manifests.schema import Document
 from reshard.archive import pack
-from reshard.destination import copy_file, write_file
+from reshard.destination import copy_readable, write_file
+from reshard.readable import Readable
 from reshard.source import SourceCheckpoint
 
 INDEX_PATH = f"{SOURCE_FOLDER}/index.json.zst"
@@ -28,7 +28,8 @@ def header_paths(shards: Iterable[str]) -> dict[str, str]:
 def write_kept(source: SourceCheckpoint, destination: Path) -> list[Document]:
     """Write all that is kept of a source beside its payload: small files, headers, its index."""
     documents = [
-        _copy_auxiliary(destination, resolve_inside(source.root, file.path), file.path) for file in source.auxiliary
+        _copy_auxiliary(destination, source.place.file(file.path), source.place.size(file.path), file.path)
+        for file in source.auxiliary
     ]
     documents += [_write_own(destination, path, "generated", content) for path, content in source.generated.items()]
     for shard, path in header_paths(source.shards).items():
@@ -71,8 +72,8 @@ def _write_own(destination: Path, path: str, role: str, content: bytes) -> Docum
     )
 
 
-def _copy_auxiliary(destination: Path, source: Path, path: str) -> Document:
-    size, sha256 = copy_file(source, destination / path)
+def _copy_auxiliary(destination: Path, source: Readable, size: int, path: str) -> Document:
+    sha256 = copy_readable(source, size, destination / path)
     return Document(
         path=path,
         role="auxiliary",

@@ -5,7 +5,7 @@ Looks and decides; writes nothing.
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +19,25 @@ from manifests.folder import LocalFolder
 from manifests.header import Header
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.safety import relative_fault, resolve_inside
-from manifests.schema import Manifest, Selection
+from manifests.schema import Manifest, Selection, Shard
 from manifests.storage import decode
 from reshard.archive import unpack
-from reshard.blocks import Reader
-from reshard.destination import hash_file
+from reshard.destination import block_for, hash_readable
 from reshard.documents import header_paths
 from reshard.journal import CONSUMES, JournalContents, is_consuming, is_digest, read_journal
+from reshard.places import Place
 from reshard.plan import Plan, PlannedTensor, SelectionError
 from reshard.progress import Progress
+from reshard.readable import read_blocks
 from reshard.saved import parse_saved, read_saved_headers
 from reshard.source import SourceCheckpoint
 from reshard.transfer import Durable, pending_shards
 
 SAMPLE_BYTES = 64 << 20
 """Compared of a source before it is taken for the one that a checkpoint was made from."""
+
+FAR_SAMPLES = 64
+"""So many tensors at the most where each is a request to a server."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,11 +83,11 @@ class Earlier:
         return _union(self.manifest.selection, selection)
 
 
-def find_earlier(source: Path, destination: Path, known: Earlier | None = None) -> Earlier:
+def find_earlier(source: Path | None, destination: Path, known: Earlier | None = None) -> Earlier:
     """Look at a destination.
 
     Args:
-        source: The folder that is to be resharded.
+        source: The folder that is to be resharded; None when it is on a server, where nothing is used up.
         destination: The folder to look at.
         known: What was found there a moment ago: the same manifest is not read twice, which in a large checkpoint
             takes more memory than all else.
@@ -113,14 +117,14 @@ def find_earlier(source: Path, destination: Path, known: Earlier | None = None) 
 
 
 def describe_source(source: SourceCheckpoint) -> list[dict[str, Any]]:
-    """The shards as a journal records them, so that a changed one is recognised; one that is gone has no time."""
+    """The shards as a journal records them, so that a changed one is recognised."""
     return [
         {
             "name": name,
             "size": header.file_bytes,
-            "mtime_ns": os.stat(source.root / name).st_mtime_ns if (source.root / name).exists() else None,
             "header_size": len(header.rest),
             "header_sha256": sha256_hex(header.rest),
+            **source.place.state(name),
         }
         for name, header in source.shards.items()
     ]
@@ -143,17 +147,20 @@ def require_same_task(earlier: Earlier, source: SourceCheckpoint, plan: Plan, de
         )
     again = _how_to_begin_again(earlier)
     known = {shard["name"]: shard for shard in begin["shards"]}
+    if any(("state" in shard) != source.place.is_far for shard in known.values()):
+        where = "a folder of this machine" if source.place.is_far else "a server"
+        raise ManifestError(f"{destination}: the run that was interrupted here read from {where}; give the same{again}")
     now = {shard["name"]: shard for shard in describe_source(source)}
     for name, shard in now.items():
         before = known.get(name)
         if before is None or any(shard[key] != before[key] for key in before if key != "mtime_ns"):
-            raise _changed(source.root / name, destination, again)
+            raise _changed(source.place.where(name), destination, again)
     if missing := known.keys() - now.keys():
         raise ManifestError(
-            f"{source.root}: has no {min(missing)}, which the interrupted run into {destination} read; "
+            f"{source.place}: has no {min(missing)}, which the interrupted run into {destination} read; "
             f"give the same source{again}"
         )
-    times = {name: shard["mtime_ns"] for name, shard in now.items() if shard["mtime_ns"] is not None}
+    times = {name: shard["mtime_ns"] for name, shard in now.items() if shard.get("mtime_ns") is not None}
     new = [name for name, time_ns in times.items() if time_ns != known[name]["mtime_ns"]]
     unread = [name for name in pending_shards(source.shards, plan, earlier.durable) if name in new]
     # All of them new: a copy of the whole folder, which is known by what was taken from it.
@@ -177,8 +184,8 @@ def require_taken_bytes(
         IntegrityError: It ends early.
     """
     assert earlier.journal is not None
-    begun = {shard["name"]: shard["mtime_ns"] for shard in earlier.journal.begin["shards"]}
-    times = {shard["name"]: shard["mtime_ns"] for shard in describe_source(source)}
+    begun = {shard["name"]: shard.get("mtime_ns") for shard in earlier.journal.begin["shards"]}
+    times = {shard["name"]: shard.get("mtime_ns") for shard in describe_source(source)}
     for tensor in sorted(
         (
             tensor
@@ -189,11 +196,11 @@ def require_taken_bytes(
         key=lambda tensor: (tensor.shard, tensor.source_offset),
     ):
         progress.at(f"compare {tensor.shard}")
-        if _digests(source.root, tensor, progress) != earlier.durable.tensors[tensor.name]:
-            raise _changed(source.root / tensor.shard, destination, _how_to_begin_again(earlier))
+        if _digests(source.place, tensor, progress) != earlier.durable.tensors[tensor.name]:
+            raise _changed(source.place.where(tensor.shard), destination, _how_to_begin_again(earlier))
 
 
-def _changed(path: Path, destination: Path, again: str) -> ManifestError:
+def _changed(path: str, destination: Path, again: str) -> ManifestError:
     return ManifestError(
         f"{path}: is not the file that the interrupted run into {destination} read; give the same source{again}"
     )
@@ -220,20 +227,29 @@ def require_same_source(earlier: Earlier, source: SourceCheckpoint, plan: Plan, 
         other = next((now[0] for before, now in zip(held, shards, strict=False) if before != now), None)
         why = "" if other is None else f": {other} is another file"
         raise ToolkitError(
-            f"{destination}: holds another checkpoint than {source.root}{why}; choose a new or empty folder"
+            f"{destination}: holds another checkpoint than {source.place}{why}; choose a new or empty folder"
         )
+    if known is not None and all(_is_published(shard, source.place) for shard in known.shards):
+        return
     tensors = [tensor for file in plan.files for tensor in file.tensors if tensor.name in earlier.durable.tensors]
-    taken = 0
+    taken = count = 0
     # The smallest first: norms and routers differ between any two models, and many of them are few bytes.
     for tensor in sorted(tensors, key=lambda tensor: tensor.size):
-        taken += tensor.size
-        if taken > SAMPLE_BYTES or not (source.root / tensor.shard).exists():
+        taken, count = taken + tensor.size, count + 1
+        if taken > SAMPLE_BYTES or not source.place.has(tensor.shard):
             break
-        if _digests(source.root, tensor) != earlier.durable.tensors[tensor.name]:
+        if source.place.is_far and count > FAR_SAMPLES:
+            break
+        if _digests(source.place, tensor) != earlier.durable.tensors[tensor.name]:
             raise ToolkitError(
-                f"{destination}: holds another model than {source.root}: {tensor.shard} differs in tensor "
+                f"{destination}: holds another model than {source.place}: {tensor.shard} differs in tensor "
                 f"{tensor.name!r}; choose a new or empty folder"
             )
+
+
+def _is_published(shard: Shard, place: Place) -> bool:
+    """Whether the place itself says that it has the very bytes that a shard had."""
+    return shard.sha256 is not None and shard.sha256 == place.sha256(shard.name)
 
 
 def require_plain(manifest: Manifest, destination: Path) -> None:
@@ -246,11 +262,12 @@ def require_plain(manifest: Manifest, destination: Path) -> None:
         raise ToolkitError(f"{destination}: is packed; `reshard unpack` it before adding to it")
 
 
-def _digests(root: Path, tensor: PlannedTensor, progress: Progress | None = None) -> tuple[str, ...]:
+def _digests(place: Place, tensor: PlannedTensor, progress: Progress | None = None) -> tuple[str, ...]:
     """Of a tensor as it is in the source."""
     hasher = TensorHasher()
-    with closing(Reader(resolve_inside(root, tensor.shard))) as reader:
-        for block in reader.blocks(tensor.source_offset, tensor.size):
+    buffer = block_for(tensor.size)
+    with closing(place.file(tensor.shard).open()) as reader:
+        for block in read_blocks(reader, buffer, tensor.source_offset, tensor.size):
             hasher.update(block)
             if progress is not None:
                 progress.advance(len(block))
@@ -269,13 +286,14 @@ def require_same_documents(earlier: Earlier, source: SourceCheckpoint, destinati
         for document in earlier.manifest.documents
         if document.role in ("auxiliary", "source_index")
     }
-    found = {file.path: hash_file(resolve_inside(source.root, file.path)) for file in source.auxiliary}
+    place = source.place
+    found = {file.path: hash_readable(place.file(file.path), place.size(file.path)) for file in source.auxiliary}
     if source.index is not None:
         found[INDEX_NAME] = sha256_hex(source.index)
     for name, sha256 in found.items():
         if known.get(name, sha256) != sha256:
             raise ToolkitError(
-                f"{source.root / name}: differs from what {destination} was made with; put the file back as it was, or "
+                f"{place.where(name)}: differs from what {destination} was made with; put the file back as it was, or "
                 "choose a new or empty folder"
             )
 
@@ -327,15 +345,21 @@ def check_begin(begin: Mapping[str, Any], destination: Path) -> None:
         and isinstance(shards, list)
         and all(
             isinstance(shard, dict)
-            and shard.keys() == {*shard_form, "mtime_ns"}
-            and all(type(shard[key]) is kind for key, kind in shard_form.items())
-            and (shard["mtime_ns"] is None or type(shard["mtime_ns"]) is int)
+            and all(type(shard.get(key)) is kind for key, kind in shard_form.items())
+            and _has_state(shard.keys() - shard_form.keys(), shard)
             and relative_fault(shard["name"]) is None
             for shard in shards
         )
     )
     if not is_right:
         raise _not_ours(destination)
+
+
+def _has_state(keys: Collection[str], shard: Mapping[str, Any]) -> bool:
+    """Whether what tells a shard's state has its form: that of a file of this machine, or of a server."""
+    if keys == {"mtime_ns"}:
+        return shard["mtime_ns"] is None or type(shard["mtime_ns"]) is int
+    return keys == {"state"} and isinstance(shard["state"], str | None)
 
 
 def _not_ours(destination: Path) -> ManifestError:
@@ -349,20 +373,34 @@ def _read_records(earlier: Earlier, destination: Path) -> None:
     for record in earlier.journal.records:
         if record == CONSUMES:
             continue
+        if record.keys() == {"wrong", "tensors"} and isinstance(record["tensors"], list):
+            # They were recorded, now or by a run of a part, before all of the shard was seen to be another than its
+            # source publishes.
+            for name in map(str, record["tensors"]):
+                earlier.durable.tensors.pop(name, None)
+                earlier.durable.begun.pop(name, None)
+            continue
         shard, sha256, tensors = record.get("shard"), record.get("sha256"), record.get("tensors")
-        if not (isinstance(shard, str) and (sha256 is None or is_digest(sha256)) and isinstance(tensors, dict)):
+        begun = record.get("begun", {})
+        if not (isinstance(shard, str) and (sha256 is None or is_digest(sha256)) and isinstance(begun, dict)):
             raise _not_ours(destination)
-        for name, chunks in tensors.items():
+        if not isinstance(tensors, dict):
+            raise _not_ours(destination)
+        for name, chunks in (*tensors.items(), *begun.items()):
             if not (isinstance(chunks, list) and chunks and all(is_digest(chunk) for chunk in chunks)):
                 raise _not_ours(destination)
-            earlier.durable.tensors[name] = tuple(chunks)
+            (earlier.durable.tensors if name in tensors else earlier.durable.begun)[name] = tuple(chunks)
         if sha256 is not None:
             earlier.durable.shards[shard] = sha256
+    for name in earlier.durable.begun.keys() & earlier.durable.tensors.keys():
+        del earlier.durable.begun[name]
 
 
-def _freed_headers(source: Path, destination: Path, journal: JournalContents, durable: Durable) -> dict[str, Header]:
+def _freed_headers(
+    source: Path | None, destination: Path, journal: JournalContents, durable: Durable
+) -> dict[str, Header]:
     """Headers of shards that are recorded and no longer there, from where the run kept them."""
-    if not is_consuming(journal):
+    if source is None or not is_consuming(journal):
         return {}
     shards = {shard["name"]: shard for shard in journal.begin["shards"]}
     paths = header_paths(shards)
@@ -389,10 +427,10 @@ def _freed_headers(source: Path, destination: Path, journal: JournalContents, du
     return {name: headers[name] for name in freed}
 
 
-def _used_up_headers(source: Path, checkpoint: Checkpoint) -> Mapping[str, Header]:
+def _used_up_headers(source: Path | None, checkpoint: Checkpoint) -> Mapping[str, Header]:
     """Headers of shards that are no longer there, of a source of which all is here: nothing of them is needed."""
     known = checkpoint.manifest.source
-    if known is None or not checkpoint.manifest.selection.is_everything or not source.is_dir():
+    if source is None or known is None or not checkpoint.manifest.selection.is_everything or not source.is_dir():
         return {}
     gone = [shard.name for shard in known.shards if not os.path.lexists(source / shard.name)]
     if not gone:

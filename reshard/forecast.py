@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 
 from manifests.paths import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, TEMP_SUFFIX
 from manifests.safety import resolve_inside
-from reshard.blocks import data_bytes
 from reshard.documents import INDEX_PATH, header_paths
 from reshard.plan import Plan
 from reshard.source import SourceCheckpoint
@@ -68,13 +67,12 @@ def open_files(plan: Plan, jobs: int) -> int:
 def hole_bytes(source: SourceCheckpoint, shards: Collection[str] | None = None) -> int:
     """Bytes of the source's shards that are holes; of these shards alone when they are given."""
     names = source.shards if shards is None else shards
-    paths = {source.root / name: source.shards[name].file_bytes for name in names}
-    return sum(size - data_bytes(path) for path, size in paths.items() if path.exists())
+    return sum(source.place.hole_bytes(name) for name in names)
 
 
 def largest_shard(source: SourceCheckpoint) -> Path | None:
-    """The file to measure the source's disk with; None when an earlier run has used up all of them."""
-    there = [name for name in source.shards if (source.root / name).exists()]
+    """The file to measure the source's disk with; None when an earlier run has used up all of them, or it has none."""
+    there = [] if source.place.root is None else [name for name in source.shards if source.place.has(name)]
     return resolve_inside(source.root, max(there, key=lambda name: source.shards[name].file_bytes)) if there else None
 
 

@@ -10,29 +10,31 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manifests import gguf_files
 from manifests.checkpoint import Checkpoint, Location
 from manifests.config import CONFIG_NAME
 from manifests.digest import TensorHasher, sha256_hex
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError, ToolkitError
-from manifests.header import HeaderTensor, encode_header, read_header
+from manifests.header import HeaderTensor, encode_header
 from manifests.safety import resolve_inside
 from manifests.schema import Document, FileEntry, TensorEntry
+from manifests.shards import MAX_INDEX_BYTES
 from manifests.storage import sync_folder
-from reshard.archive import UnpackingReader, pack, unpack_blocks, write_packed
-from reshard.blocks import Reader, Writer, new_block, temporary_path
+from reshard.archive import pack, unpack_blocks, write_packed
+from reshard.blocks import Writer, new_block, temporary_path
 from reshard.documents import write_index
 from reshard.generated import config_document
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
+from reshard.readable import LocalFile, PackedFile, Readable, read_blocks
 from reshard.saved import find_origins, read_document
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import Damage, checks_of
+from reshard.web import place_of
 from reshard.workers import StopFlag
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Rebuilder:
         self._checkpoint = checkpoint
         self._root = checkpoint.root
         self._source = source
+        self._place = place_of(source.folder)
         self._is_copy = source.manifest.layout == "resharded"
         self._ring = Ring()
 
@@ -90,33 +93,34 @@ class Rebuilder:
 
     def _rebuild_plain(self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag) -> Repaired:
         header = self._find_header(file)
+        own = LocalFile(self._root / file.path)
         wanted = [(check, check.tensor) for check in checks_of(file) if check.tensor and check.begin < check.end]
         pieces = []
         names: dict[str, None] = {}
         taken = 0
         with self._replace(file.path, file.size) as writer:
             for check, tensor in wanted:
-                path, begin, unpacked_size = self._root / file.path, check.begin, None
+                taken_from: Readable = own
+                begin = check.begin
                 if any(found.begin < check.end and check.begin < found.end for found in damage):
                     location = self._locate(tensor)
-                    path, begin = self._source.path(location.file), location.offset + check.begin - tensor.offset
-                    unpacked_size = None if location.codec == "none" else location.unpacked_size
+                    taken_from = self._file(location.file, location)
+                    begin = location.offset + check.begin - tensor.offset
                     names[tensor.name] = None
                     taken += check.end - check.begin
                 size, target = check.end - check.begin, Target(open=lambda: writer, offset=check.begin)
-                pieces.append(Piece(path=path, offset=begin, size=size, target=target, unpacked_size=unpacked_size))
+                pieces.append(Piece(file=taken_from, offset=begin, size=size, target=target))
             writer.write(header, 0)
             digests = pump(pieces, whole=None, digests=True, ring=self._ring, progress=progress, stop=stop)
             for (check, tensor), piece, found in zip(wanted, pieces, digests, strict=True):
                 if found != (check.sha256,):
-                    raise self._wrong(tensor, piece.path, piece.offset, piece.size)
+                    raise self._wrong(tensor, piece.file, piece.offset, piece.size)
         return Repaired(path=file.path, tensors=tuple(names), taken_bytes=taken)
 
     def _rebuild_packed(self, file: FileEntry, progress: Progress, stop: StopFlag) -> tuple[Repaired, FileEntry]:
         for other in self._source.manifest.files:
             if other.stored_sha256 == file.stored_sha256:
-                path = resolve_inside(self._source.root, other.path)
-                self._copy(path, file.path, other.stored_sha256, progress, stop)
+                self._copy(other.path, file.path, other.stored_sha256, progress, stop)
                 return Repaired(path=file.path, taken_bytes=file.size), file
         header = self._find_header(file)
         plain, unpacked, stored = hashlib.sha256(header), hashlib.sha256(), hashlib.sha256()
@@ -138,17 +142,17 @@ class Rebuilder:
     ) -> Generator[memoryview, None, None]:
         """The payload of a file as the source has it, each tensor proven before the next; `whole` takes all of it."""
         buffer = self._ring.take()
-        path: Path | None = None
+        before: Readable | None = None
         try:
             with ExitStack() as opened:
                 for tensor in file.tensors:
                     location = self._locate(tensor)
-                    if (at := self._source.path(location.file)) != path:
+                    if (at := self._file(location.file, location)) != before:
                         opened.close()
-                        path = at
-                        reader = opened.enter_context(closing(_open(path, location)))
+                        before = at
+                        reader = opened.enter_context(closing(at.open()))
                     hasher = TensorHasher()
-                    for block in _blocks(reader, buffer, location.offset, location.size):
+                    for block in read_blocks(reader, buffer, location.offset, location.size):
                         stop.check()
                         hasher.update(block)
                         whole.update(block)
@@ -209,7 +213,7 @@ class Rebuilder:
             if sha256_hex(raw) == file.header_sha256:
                 return raw
         raise IntegrityError(
-            f"{self._root / file.path}: its header is damaged, and {self._source.root} has not the same file; give a "
+            f"{self._root / file.path}: its header is damaged, and {self._place} has not the same file; give a "
             "resharded copy"
         )
 
@@ -226,10 +230,11 @@ class Rebuilder:
             for tensor in file.tensors
         ]
         yield encode_header(entries, align=PAGE_BYTES)
-        others = (other for other in self._source.manifest.files if other.header_sha256 == file.header_sha256)
-        for root, other in ((self._root, file), *((self._source.root, other) for other in others)):
-            with suppress(ToolkitError), closing(_open(resolve_inside(root, other.path), other)) as reader:
-                yield b"".join(bytes(block) for block in _blocks(reader, new_block(), 0, file.header_size))
+        others = [other for other in self._source.manifest.files if other.header_sha256 == file.header_sha256]
+        finds = [partial(_local_file, self._root, file), *(partial(self._file, other.path, other) for other in others)]
+        for find in finds:
+            with suppress(ToolkitError), closing(find().open()) as reader:
+                yield b"".join(bytes(block) for block in read_blocks(reader, new_block(), 0, file.header_size))
 
     def _locate(self, tensor: TensorEntry) -> Location:
         """Where the source has a tensor."""
@@ -238,7 +243,7 @@ class Rebuilder:
         if location is None:
             origin = self._origins.get(name)
             came = f"; it came from {origin}" if origin else ""
-            raise SourceNotFoundError(f"{self._source.root}: has no tensor {name!r}{came}")
+            raise SourceNotFoundError(f"{self._place}: has no tensor {name!r}{came}")
         if (location.dtype, location.shape, location.size) != (tensor.dtype, tensor.shape, tensor.size):
             raise ManifestError(
                 f"{location.place}: tensor {name!r} is {location.dtype} "
@@ -262,28 +267,40 @@ class Rebuilder:
         sync_folder(self._root)
         return now
 
-    def _find_stored(self, document: Document) -> Path | None:
+    def _find_stored(self, document: Document) -> str | None:
         """A file of the source that has the bytes of a document as they are stored."""
         if self._is_copy:
             for other in self._source.manifest.documents:
                 if other.sha256 == document.sha256:
-                    return resolve_inside(self._source.root, other.path)
+                    return other.path
         elif document.codec == "none":
-            return resolve_inside(self._source.root, document.source_name or document.path)
+            return document.source_name or document.path
         return None
 
-    def _copy(self, source: Path, path: str, sha256: str | None, progress: Progress, stop: StopFlag) -> None:
+    def _file(self, name: str, stored: FileEntry | Location) -> Readable:
+        """A file of the source, read as if it were plain."""
+        if stored.codec == "none":
+            return self._place.file(name)
+        if self._place.root is None:
+            raise ToolkitError(
+                f"{self._place.where(name)}: is packed, and is unpacked from this machine's disks alone; give a copy "
+                "that is not packed, or download this one"
+            )
+        return _local_file(self._place.root, stored)
+
+    def _copy(self, name: str, path: str, sha256: str | None, progress: Progress, stop: StopFlag) -> None:
+        """Copy a file of the source as it is stored."""
         hasher = hashlib.sha256()
-        size = source.stat().st_size
+        source, size = self._place.file(name), self._place.size(name)
         with self._replace(path, size) as writer:
-            piece = Piece(path=source, offset=0, size=size, target=Target(open=lambda: writer, offset=0))
+            piece = Piece(file=source, offset=0, size=size, target=Target(open=lambda: writer, offset=0))
             pump([piece], whole=hasher, digests=False, ring=self._ring, progress=progress, stop=stop)
             if hasher.hexdigest() != sha256:
                 raise IntegrityError(f"{source}: is not the file that {self._root} had; give another copy")
 
-    def _wrong(self, tensor: TensorEntry, path: Path, begin: int, size: int) -> IntegrityError:
+    def _wrong(self, tensor: TensorEntry, file: Readable, begin: int, size: int) -> IntegrityError:
         return IntegrityError(
-            f"{path}: bytes {begin}-{begin + size} are not those that {self._root} had of tensor {tensor.name!r}; give "
+            f"{file}: bytes {begin}-{begin + size} are not those that {self._root} had of tensor {tensor.name!r}; give "
             "another copy"
         )
 
@@ -295,39 +312,27 @@ class Rebuilder:
 
     def _find_content(self, document: Document) -> bytes:
         """What a packed document holds, from a source that has it in another form."""
-        root = self._source.root
         if self._is_copy:
             for other in self._source.manifest.documents:
                 if other.content_sha256 == document.content_sha256:
                     return read_document(self._source, other)
-            raise SourceNotFoundError(f"{root}: has no document with the content of {document.path}")
+            raise SourceNotFoundError(f"{self._place}: has no document with the content of {document.path}")
+        name = document.source_name or document.path
         if document.role == "generated":
-            path, content = root / document.path, self._generate(document)
+            content = self._generate(document)
+        elif document.role == "source_header":
+            content = self._place.header(name).rest
         else:
-            path = resolve_inside(root, document.source_name or document.path)
-            content = _rest_of(path) if document.role == "source_header" else path.read_bytes()
+            self._source.folder.require(name)
+            content = self._source.folder.read(name, max_bytes=MAX_INDEX_BYTES) or b""
         if sha256_hex(content) != document.content_sha256:
             raise IntegrityError(
-                f"{path}: is not the file that {document.path} in {self._root} was made from; give another copy"
+                f"{self._place.where(name)}: is not the file that {document.path} in {self._root} was made from; give "
+                "another copy"
             )
         return content
 
 
-def _rest_of(shard: Path) -> bytes:
-    """Every byte of a shard that is no tensor's."""
-    if shard.suffix != gguf_files.SUFFIX:
-        return read_header(shard).rest
-    (header,) = gguf_files.read_file(shard).shards.values()
-    return gguf_files.with_gaps(shard, header).rest
-
-
-def _open(path: Path, stored: FileEntry | Location) -> Reader | UnpackingReader:
-    return Reader(path) if stored.codec == "none" else UnpackingReader(path, stored.unpacked_size)
-
-
-def _blocks(reader: Reader | UnpackingReader, buffer: memoryview, begin: int, size: int) -> Iterator[memoryview]:
-    end = begin + size
-    while begin < end:
-        block, _ = reader.read(buffer, begin, end)
-        yield block
-        begin += len(block)
+def _local_file(root: Path, stored: FileEntry | Location) -> Readable:
+    path = resolve_inside(root, stored.path if isinstance(stored, FileEntry) else stored.file)
+    return LocalFile(path) if stored.codec == "none" else PackedFile(path, stored.unpacked_size)

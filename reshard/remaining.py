@@ -106,7 +106,7 @@ def _sampled(earlier: Earlier, plan: Plan) -> Earlier:
 
 def _believed(source: SourceCheckpoint, plan: Plan, durable: Durable, destination: Path) -> Durable:
     """The claims on files that are there with their size."""
-    gone = {shard for shard in source.shards if not (source.root / shard).exists()}
+    gone = {shard for shard in source.shards if not source.place.has(shard)}
     tensors: dict[str, tuple[str, ...]] = {}
     for file in plan.files:
         claimed = [tensor.name for tensor in file.tensors if tensor.name in durable.tensors]

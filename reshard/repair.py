@@ -52,13 +52,13 @@ class UnrepairedError(IntegrityError):
         self.failures = tuple(failures)
 
 
-def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgress) -> list[Repaired]:
+def repair(folder: Path, source_path: Path | str, *, jobs: int, progress: StartProgress) -> list[Repaired]:
     """Verify a resharded checkpoint, and replace what is damaged.
 
     Args:
         folder: The checkpoint.
-        source_path: Its source, one shard of that, or another resharded copy. A file of a split GGUF model stands for
-            the set.
+        source_path: Its source, one shard of that, or another resharded copy; or the address of one of these. A file
+            of a split GGUF model stands for the set.
         jobs: Files at the same time.
         progress: Called for the verification, and once more for the repair if anything is damaged.
 
@@ -72,10 +72,11 @@ def repair(folder: Path, source_path: Path, *, jobs: int, progress: StartProgres
         ManifestError: The manifest is damaged, and the source has none that can replace it.
         ResourceError: The disk is full.
         SourceNotFoundError: One of the two is not there.
+        RemoteError: The server of the source cannot be reached.
     """
     require_folder(folder, "give the resharded checkpoint that is damaged")
     source = inventory.open_set(source_path)
-    if os.path.samefile(source.root, folder):
+    if isinstance(source.folder, LocalFolder) and os.path.samefile(source.root, folder):
         raise ToolkitError(f"{folder}: cannot be repaired from itself; give its source or another copy")
 
     def look(checkpoint: Checkpoint) -> list[Damage]:
@@ -120,9 +121,10 @@ def _replace_manifest(
     model that was trained on from this one has files of the same form, and many of the same bytes.
     """
     if source.manifest.layout != "resharded":
-        raise type(problem)(f"{problem}; {source.root} is not resharded, so it has none to replace it: give a copy")
+        raise type(problem)(f"{problem}; {source.folder} is not resharded, so it has none to replace it: give a copy")
     path = checkpoint.root / MANIFEST_NAME
-    digest = parse_json((source.root / MANIFEST_NAME).read_bytes(), what=str(source.root))["manifest_sha256"]
+    raw = source.folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES) or b""
+    digest = parse_json(raw, what=str(source.folder))["manifest_sha256"]
     is_same = path.is_file() and path.stat().st_size <= MAX_MANIFEST_BYTES and digest.encode() in path.read_bytes()
     if not is_same and isinstance(problem, ManifestError) and any(found.loc == "version" for found in problem.problems):
         # Another program's, and for all that can be seen as it should be.
@@ -131,8 +133,8 @@ def _replace_manifest(
     if damage and not is_same:
         paths = list(dict.fromkeys(found.path for found in damage))
         raise type(problem)(
-            f"{problem}; the manifest of {source.root} does not fit, for {len(paths)} files are not as it says, first "
-            f"{paths[0]}: give a copy of this very checkpoint"
+            f"{problem}; the manifest of {source.folder} does not fit, for {len(paths)} files are not as it says, "
+            f"first {paths[0]}: give a copy of this very checkpoint"
         )
     save(source.manifest, checkpoint.root)
     return damage

@@ -42,6 +42,7 @@ from reshard.destination import (
 from reshard.journal import CONSUMES, Journal, JournalContents, is_consuming, read_journal
 from reshard.lock import lock_folder
 from reshard.progress import Progress
+from reshard.readable import LocalFile, PackedFile
 from reshard.saved import read_document, read_saved_headers, require_source
 from reshard.streams import Given, Piece, Ring, Target, pump
 from reshard.verify import verify
@@ -352,13 +353,9 @@ def _pieces(checkpoint: Checkpoint, header: Header, writer: Writer | None) -> li
     for tensor in header.tensors:
         place = checkpoint.locate(tensor.name)
         assert place is not None
-        piece = Piece(
-            path=checkpoint.path(place.file),
-            offset=place.offset,
-            size=place.size,
-            target=target(tensor.begin),
-            unpacked_size=None if place.codec == "none" else place.unpacked_size,
-        )
+        path = checkpoint.path(place.file)
+        file = LocalFile(path) if place.codec == "none" else PackedFile(path, place.unpacked_size)
+        piece = Piece(file=file, offset=place.offset, size=place.size, target=target(tensor.begin))
         pieces.append((tensor.begin, piece))
     pieces += [(gap.begin, Given(content=gap.content, target=target(gap.begin))) for gap in header.gaps]
     # Stable: an empty tensor stays where the header has it.

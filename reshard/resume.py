@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 
-from manifests.digest import TensorHasher
+from manifests.digest import CHUNK_BYTES, TensorHasher
 from manifests.errors import IntegrityError, ToolkitError
 from reshard.blocks import Reader, Writer, temporary_path
 from reshard.plan import Plan, PlannedFile, PlannedTensor
@@ -52,12 +52,17 @@ def check_claims(
         is_named = path.exists()
         doubted = [tensor for tensor in claimed if paranoid or not is_named or tensor.shard in doubted_shards]
         where = path if is_named else partial
-        wrong = _wrong_tensors(where, doubted, durable, progress) if _has_size(where, file.size) else claimed
+        has_size = _has_size(where, file.size)
+        wrong = _wrong_tensors(where, doubted, durable, progress) if has_size else claimed
+        begun = [tensor for tensor in file.tensors if tensor.name in durable.begun]
+        for tensor in _wrongly_begun(where, begun, durable, progress) if has_size else list(begun):
+            del durable.begun[tensor.name]
+            begun.remove(tensor)
         for tensor in wrong:
             durable.lost[tensor.name] = durable.tensors.pop(tensor.name)
         require_sources(where, file, durable.tensors, gone_shards)
         right = len(claimed) - len(wrong)
-        if not right:
+        if not right and not begun:
             path.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
         elif right < len(file.tensors):
@@ -103,11 +108,26 @@ def _wrong_tensors(
         return [tensor for tensor in doubted if _chunks(reader, tensor, progress) != durable.tensors[tensor.name]]
 
 
-def _chunks(reader: Reader, tensor: PlannedTensor, progress: Progress) -> tuple[str, ...]:
-    """Digests of a tensor as it is here; none when it cannot be read."""
+def _wrongly_begun(path: Path, begun: list[PlannedTensor], durable: Durable, progress: Progress) -> list[PlannedTensor]:
+    """Those whose first chunks are not what the journal says."""
+    if not begun:
+        return []
+    progress.at(f"check {path.name}")
+    wrong = []
+    with closing(Reader(path)) as reader:
+        for tensor in begun:
+            chunks = durable.begun[tensor.name]
+            size = len(chunks) * CHUNK_BYTES
+            if size >= tensor.size or _chunks(reader, tensor, progress, size) != chunks:
+                wrong.append(tensor)
+    return wrong
+
+
+def _chunks(reader: Reader, tensor: PlannedTensor, progress: Progress, size: int | None = None) -> tuple[str, ...]:
+    """Digests of a tensor, or of its first bytes, as it is here; none when it cannot be read."""
     hasher = TensorHasher()
     try:
-        for block in reader.blocks(tensor.output_offset, tensor.size):
+        for block in reader.blocks(tensor.output_offset, tensor.size if size is None else size):
             hasher.update(block)
             progress.advance(len(block))
     except ToolkitError:

@@ -8,13 +8,14 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from manifests.config import model_facts
+from manifests.digest import CHUNK_BYTES
 from manifests.errors import ResourceError, ToolkitError
 from manifests.paths import ASIDE_NAME, MANIFEST_NAME
 from manifests.schema import Document, Manifest, Shard, Source
 from manifests.storage import save, sync_folder
-from reshard.blocks import data_bytes
 from reshard.consume import check_consumable, free_file, peak_bytes, reshard_steps, same_disk
 from reshard.described import file_entry
 from reshard.destination import (
@@ -76,11 +77,7 @@ def needed_bytes(source: SourceCheckpoint, plan: Plan) -> int:
     tensors = sum(len(file.tensors) for file in plan.files)
     headers = sum(len(header.rest) for header in source.shards.values()) + len(source.index or b"")
     auxiliary = sum(file.size for file in source.auxiliary) + sum(map(len, source.generated.values()))
-    holes = sum(
-        header.file_bytes - data_bytes(source.root / shard)
-        for shard, header in source.shards.items()
-        if (source.root / shard).exists()
-    )
+    holes = sum(source.place.hole_bytes(shard) for shard in source.shards)
     payload = max(0, plan.payload_bytes - holes)
     # Our index and the manifest; the saved headers are smaller than the originals.
     return (
@@ -116,7 +113,7 @@ def still_needed_bytes(
     if consume and (destination is None or same_disk(source.root, destination)):
         # Holes are not subtracted: a little too careful, and simple.
         needed = consume_peak_bytes(source, plan, jobs)
-        there = {shard for shard in source.shards if (source.root / shard).exists()}
+        there = {shard for shard in source.shards if source.place.has(shard)}
         freed = sum(header.file_bytes for shard, header in source.shards.items() if shard not in there)
         # Taken without --consume: there twice until its shard is freed, and no part of the peak.
         twice = sum(
@@ -144,14 +141,16 @@ def check_consume(source: SourceCheckpoint, plan: Plan) -> None:
     """Refuse to consume a source that would be lost or not freed.
 
     Raises:
-        SelectionError: Only a part is taken.
+        SelectionError: Only a part is taken, or it is on a server.
         ToolkitError: A shard is a link or has several names.
     """
+    if source.place.root is None:
+        raise SelectionError(f"--consume frees files of this machine, and {source.place} is on a server: leave it out")
     if plan.left_out_tensors:
         raise SelectionError(
             "--consume frees the whole source, so it takes the whole checkpoint: leave out --layers and --experts"
         )
-    check_consumable(source.root, [shard for shard in source.shards if (source.root / shard).exists()])
+    check_consumable(source.root, [shard for shard in source.shards if source.place.has(shard)])
 
 
 def reshard_checkpoint(
@@ -171,7 +170,7 @@ def reshard_checkpoint(
         source: What to reshard.
         plan: How.
         destination: The folder.
-        jobs: Shards that are read at the same time.
+        jobs: Shards that are read at the same time, or connections to a server.
         progress: Counts payload bytes.
         consume: Whether to free each shard when all of it is durable.
         paranoid: Whether to hash what an earlier run left before trusting it.
@@ -220,12 +219,12 @@ class _Run:
 
     def execute(self, hold: Hold, known: Earlier | None) -> Outcome:
         """From what is there to a complete checkpoint."""
-        earlier = find_earlier(self._source.root, self._destination, known)
+        earlier = find_earlier(self._source.place.root, self._destination, known)
         if earlier.is_finished:
             # Stopped between the last two steps; then this may still be a wider run than that one.
             sync_folder(self._destination)
             end_journal(self._destination)
-            earlier = find_earlier(self._source.root, self._destination)
+            earlier = find_earlier(self._source.place.root, self._destination)
         durable = earlier.durable
         if self._has_all(earlier):
             sync_folder(self._destination)
@@ -256,7 +255,7 @@ class _Run:
             check_inodes(self._destination, needed_inodes(self._source, self._plan))
             hold.own()
         journal = self._open_journal(earlier)
-        self._progress.skip(kept)
+        self._progress.skip(kept - self._read_back_bytes(durable))
         try:
             documents = write_kept(self._source, self._destination)
             sync_folders(self._destination)
@@ -340,21 +339,28 @@ class _Run:
                     self._free(shard, durable)
 
         def commit(moved: MovedShard) -> None:
-            journal.append(
-                {
-                    "shard": moved.name,
-                    "sha256": moved.sha256,
-                    "tensors": {name: list(chunks) for name, chunks in moved.tensors.items()},
-                }
-            )
+            if moved.is_wrong:
+                names = [tensor.name for tensor in self._source.shards[moved.name].tensors]
+                journal.append({"wrong": moved.name, "tensors": names})
+                return
+            record: dict[str, Any] = {
+                "shard": moved.name,
+                "sha256": moved.sha256,
+                "tensors": {name: list(chunks) for name, chunks in moved.tensors.items()},
+            }
+            if begun := {name: list(chunks) for name, chunks in moved.begun.items() if name not in durable.lost}:
+                record["begun"] = begun
+            journal.append(record)
             hold.keep()
+            if not moved.is_done:
+                return
             size = self._source.shards[moved.name].file_bytes
             self._progress.event("shard", name=moved.name, sha256=moved.sha256, bytes=size)
             if self._consume:
                 self._free(moved.name, durable)
 
         transfer(
-            self._source.root,
+            self._source.place,
             self._source.shards,
             self._plan,
             self._destination,
@@ -403,9 +409,19 @@ class _Run:
         )
 
     def _kept_bytes(self, durable: Durable) -> int:
-        return sum(
+        whole = sum(
             tensor.size for file in self._plan.files for tensor in file.tensors if tensor.name in durable.tensors
         )
+        return whole + sum(len(chunks) * CHUNK_BYTES for chunks in durable.begun.values())
+
+    def _read_back_bytes(self, durable: Durable) -> int:
+        """How much of what is kept passes by once more, because the sha256 of a shard from afar needs it."""
+        if not self._source.place.is_far:
+            return 0
+        unhashed = self._plan.complete_shards - durable.shards.keys()
+        tensors = (tensor for file in self._plan.files for tensor in file.tensors if tensor.shard in unhashed)
+        whole = sum(tensor.size for tensor in tensors if tensor.name in durable.tensors)
+        return whole + sum(len(chunks) * CHUNK_BYTES for chunks in durable.begun.values())
 
     def _is_there(self, shard: str) -> bool:
-        return (self._source.root / shard).exists()
+        return self._source.place.has(shard)

@@ -9,7 +9,6 @@ from manifests.errors import IncompleteError, IntegrityError, ManifestError, Too
 from manifests.gguf import MAGIC
 from manifests.gguf_files import parse_saved as parse_saved_gguf
 from manifests.header import Header, parse_header
-from manifests.safety import resolve_inside
 from manifests.schema import Document, Source
 from reshard.archive import unpack
 
@@ -31,15 +30,17 @@ def read_document(checkpoint: Checkpoint, document: Document) -> bytes:
     Raises:
         IntegrityError: Its bytes are not those that the manifest describes.
     """
-    path = resolve_inside(checkpoint.root, document.path)
-    if path.stat().st_size != document.size:
-        raise IntegrityError(f"{path}: has {path.stat().st_size} bytes, the manifest says {document.size}")
-    stored = path.read_bytes()
+    folder = checkpoint.folder
+    path = folder.where(document.path)
+    folder.require(document.path)
+    if (size := folder.size(document.path)) != document.size:
+        raise IntegrityError(f"{path}: has {size} bytes, the manifest says {document.size}")
+    stored = folder.read(document.path, max_bytes=document.size) or b""
     if sha256_hex(stored) != document.sha256:
         raise IntegrityError(f"{path}: its sha256 is not the one in the manifest; it is damaged")
     if document.codec == "none":
         return stored
-    content = unpack(stored, size=document.content_size, what=str(path))
+    content = unpack(stored, size=document.content_size, what=path)
     if sha256_hex(content) != document.content_sha256:
         raise IntegrityError(f"{path}: its content's sha256 is not the one in the manifest")
     return content

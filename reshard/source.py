@@ -4,34 +4,25 @@ Shards are safetensors files or GGUF files, which have config and tokenizer insi
 Reads headers and folder listings, never a tensor. What is found here is complete; the plan decides from it alone.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from manifests import gguf_files, gguf_tokenizer
+from manifests import gguf_files, gguf_tokenizer, hub, urls
 from manifests.config import CONFIG_NAME, read_config
 from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.folder import LocalFolder
 from manifests.header import Header
 from manifests.inventory import check_finished, find_gguf, read_shards
-from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
-from manifests.safety import relative_fault, require_folder, resolve_inside
+from manifests.paths import INDEX_NAME, MANIFEST_NAME
+from manifests.remote import RemoteFolder, Watch, find_folder, read_index, read_indexed
+from manifests.safety import require_folder, resolve_inside
 from manifests.shards import SUFFIX
 from reshard.generated import config_document
-
-OTHER_WEIGHT_SUFFIXES = frozenset(
-    {SUFFIX, ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".tflite"}
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuxiliaryFile:
-    """A file to copy as it is: its relative path and size in bytes."""
-
-    path: str
-    size: int
+from reshard.places import LocalPlace, Place
+from reshard.small_files import AuxiliaryFile, ask_for_usual, list_folder, list_repository
+from reshard.web import WebPlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +30,9 @@ class SourceCheckpoint:
     """A checkpoint in its published form.
 
     Attributes:
-        root: Its folder.
-        path: What was named: the folder, or a GGUF file in it, of which nothing else is taken but the rest of its set.
+        place: Its folder.
+        path: What was named: the folder, or a GGUF file in it, of which nothing else is taken but the rest of its set;
+            None when it is not on this machine.
         kind: What its shards are, one of `manifests.schema.SOURCE_KINDS`.
         shards: Headers by relative path, in source order.
         index: The bytes of model.safetensors.index.json; None when there is a single file without one.
@@ -50,8 +42,8 @@ class SourceCheckpoint:
         left_out: What is not copied, each with its reason.
     """
 
-    root: Path
-    path: Path
+    place: Place
+    path: Path | None
     kind: str = "safetensors"
     shards: Mapping[str, Header]
     index: bytes | None
@@ -60,25 +52,66 @@ class SourceCheckpoint:
     generated: Mapping[str, bytes] = field(default_factory=dict)
     left_out: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What was named, for messages."""
+        return str(self.place if self.path is None else self.path)
 
-def source_root(path: Path) -> Path:
-    """The folder of a source that is named by its folder or by a GGUF file, which may have been used up."""
+    @property
+    def root(self) -> Path:
+        """The path of its folder.
+
+        Raises:
+            SourceNotFoundError: It is not on this machine.
+        """
+        if self.place.root is None:
+            raise SourceNotFoundError(f"{self.place}: is not on this machine, and this needs its files; download it")
+        return self.place.root
+
+
+def local_path(source: Path | str) -> Path | None:
+    """The path of a source on this machine; None for the address of one that is not.
+
+    A repository of the Hub is on this machine when it was downloaded and the Hub must not be asked.
+
+    Raises:
+        SourceNotFoundError: It must not be asked, and the repository was not downloaded.
+    """
+    if isinstance(source, Path):
+        return source
+    return hub.downloaded(source) if urls.is_hub(source) and hub.is_offline(source) else None
+
+
+def source_root(source: Path | str) -> Path | None:
+    """The folder of a source that is named by its folder or by a GGUF file, which may have been used up.
+
+    None when it is not on this machine.
+    """
+    path = local_path(source)
+    if path is None:
+        return None
     return path.parent if path.suffix == gguf_files.SUFFIX and not path.is_dir() else path
 
 
-def read_source(path: Path, freed: Mapping[str, Header] | None = None) -> SourceCheckpoint:
+def read_source(
+    source: Path | str, freed: Mapping[str, Header] | None = None, watch: Watch | None = None
+) -> SourceCheckpoint:
     """Look at a checkpoint.
 
     Args:
-        path: Its folder, or a GGUF file.
+        source: Its folder, or a GGUF file; or the address of a folder.
         freed: Headers of shards that an earlier run used up, so that they are not there any more.
+        watch: Is told how far the headers are that a server is asked for.
 
     Raises:
         SourceNotFoundError: There is no checkpoint, or shards are missing.
         IncompleteError: The folder is being restored.
         ManifestError: Index, config or a header is invalid, or the folder is already resharded.
+        RemoteError: A server cannot be reached, or does not do what is asked.
     """
-    root, freed = source_root(path), freed or {}
+    path, root, freed = local_path(source), source_root(source), freed or {}
+    if path is None or root is None:
+        return _read_remote(find_folder(str(source)), watch)
     if root != path:
         names = gguf_files.set_names(path.name)
         there = [name for name in names if (root / name).is_file()]
@@ -95,13 +128,36 @@ def read_source(path: Path, freed: Mapping[str, Header] | None = None) -> Source
     shards = read_shards(root, freed)
     index_path = root / INDEX_NAME
     index = resolve_inside(root, INDEX_NAME).read_bytes() if index_path.exists() else None
-    auxiliary, left_out = _list_auxiliary(root, shards)
+    auxiliary, left_out = list_folder(root, shards)
     return SourceCheckpoint(
-        root=root,
+        place=LocalPlace(root),
         path=path,
         shards=shards,
         index=index,
         config=read_config(LocalFolder(root)),
+        auxiliary=auxiliary,
+        left_out=left_out,
+    )
+
+
+def _read_remote(folder: RemoteFolder, watch: Watch | None) -> SourceCheckpoint:
+    if folder.url.endswith((SUFFIX, gguf_files.SUFFIX)):
+        raise SourceNotFoundError(f"{folder}: is a file; give the address of the folder that holds the shards")
+    if folder.size(MANIFEST_NAME) is not None:
+        raise ManifestError(f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; download its files")
+    index = read_index(folder)
+    shards = read_indexed(folder, index, watch)
+    if folder.files is None:
+        auxiliary, left_out = ask_for_usual(folder)
+    else:
+        sizes = {name: listed.size for name, listed in folder.files.items()}
+        auxiliary, left_out = list_repository(folder, sizes, shards)
+    return SourceCheckpoint(
+        place=WebPlace(folder),
+        path=None,
+        shards=shards,
+        index=index,
+        config=read_config(folder),
         auxiliary=auxiliary,
         left_out=left_out,
     )
@@ -116,7 +172,7 @@ def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Hea
     auxiliary: tuple[AuxiliaryFile, ...] = ()
     left_out: list[str] = []
     if path == root:
-        found, others = _list_auxiliary(root, shards)
+        found, others = list_folder(root, shards)
         # It may be another form's: of the FP8 files that this model was quantised from.
         auxiliary = tuple(file for file in found if file.path != CONFIG_NAME)
         left_out += others
@@ -130,7 +186,7 @@ def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Hea
         has_tokenizer=gguf_tokenizer.TOKENIZER_NAME in own,
     )
     return SourceCheckpoint(
-        root=root,
+        place=LocalPlace(root),
         path=path,
         kind="gguf",
         shards=shards,
@@ -163,58 +219,3 @@ def _inside(
     if config:
         generated[CONFIG_NAME] = config_document(config)
     return config, generated
-
-
-def _list_auxiliary(root: Path, shards: Mapping[str, Header]) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
-    taken: list[AuxiliaryFile] = []
-    left_out: list[str] = []
-    for folder, folders, files in os.walk(root, onerror=_fail):
-        below = Path(folder).relative_to(root)
-        for name in sorted(folders):
-            if name.startswith(".") or (Path(folder) / name).is_symlink():
-                folders.remove(name)
-                kind = "hidden folder" if name.startswith(".") else "link to a folder"
-                left_out.append(f"{(below / name).as_posix()} ({kind})")
-        for name in files:
-            path = (below / name).as_posix()
-            if path in shards or path == INDEX_NAME:
-                continue
-            reason = _reason_to_leave_out(root, path)
-            if reason:
-                left_out.append(f"{path!r} ({reason})")
-                continue
-            first = path.split("/")[0]
-            if first.casefold() in OWN_FOLDERS:
-                raise ManifestError(
-                    f"{root / path}: a resharded checkpoint needs the folder {first!r} itself; rename it"
-                )
-            taken.append(AuxiliaryFile(path=path, size=os.stat(resolve_inside(root, path)).st_size))
-    _check_case(root, [*shards, INDEX_NAME, MANIFEST_NAME, ASIDE_NAME, JOURNAL_NAME, *(file.path for file in taken)])
-    return tuple(sorted(taken, key=lambda file: file.path)), tuple(sorted(left_out))
-
-
-def _fail(error: OSError) -> NoReturn:
-    # Left alone, os.walk leaves out a folder that it cannot read, and nobody would miss it.
-    raise error
-
-
-def _check_case(root: Path, paths: list[str]) -> None:
-    """Refuse what a file system that ignores case would write to one file; the manifest could not be read either."""
-    seen: dict[str, str] = {}
-    for path in paths:
-        other = seen.setdefault(path.casefold(), path)
-        if other != path:
-            raise ManifestError(f"{root}: {other!r} and {path!r} differ in case alone; rename one of them")
-
-
-def _reason_to_leave_out(root: Path, path: str) -> str | None:
-    fault = relative_fault(path)
-    if fault:
-        return f"name {fault}"
-    if Path(path).suffix.lower() in OTHER_WEIGHT_SUFFIXES:
-        return "weights in another form"
-    if path.endswith(TEMP_SUFFIX):
-        return "an unfinished file"
-    if not (root / path).is_file() and not (root / path).is_symlink():
-        return "not a regular file"
-    return None

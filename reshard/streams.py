@@ -15,14 +15,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manifests.digest import TensorHasher
-from reshard.archive import UnpackingReader
-from reshard.blocks import WRITES_AT_ONCE, PageWriter, Reader, Writer, new_block
+from reshard.blocks import WRITES_AT_ONCE, PageWriter, Writer, new_block
 from reshard.callqueue import CallQueue
 from reshard.progress import Progress
+from reshard.readable import Readable
 from reshard.workers import StopFlag, start
 
 if TYPE_CHECKING:
@@ -51,17 +50,15 @@ class Piece:
     """One byte range of a stream.
 
     Attributes:
-        path: The file to read.
+        file: The file to read.
         offset, size: The range in it.
         target: Where to write it; None when it is read for its hash alone.
-        unpacked_size: For a file that is stored compressed what it unpacks to; the range is then one of that.
     """
 
-    path: Path
+    file: Readable
     offset: int
     size: int
     target: Target | None = None
-    unpacked_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +217,7 @@ def pump(
 
 def _read(pieces: Sequence[Piece | Given], ring: Ring) -> Generator[_Block, None, None]:
     """The stream block by block, cut into the parts of its pieces."""
-    path: Path | None = None
+    file: Readable | None = None
     with ExitStack() as opened:
         first = 0
         while first < len(pieces):
@@ -230,15 +227,15 @@ def _read(pieces: Sequence[Piece | Given], ring: Ring) -> Generator[_Block, None
                 yield _Block(None, content, False, [(first, content, 0)], 0)
                 first += 1
                 continue
-            if piece.path != path:
+            if piece.file is not file and piece.file != file:
                 opened.close()
-                path = piece.path
-                reader = opened.enter_context(closing(_open(piece)))
+                file = piece.file
+                reader = opened.enter_context(closing(file.open()))
             # Neighbours are read in one go.
             position = end = piece.offset
             last = first
             for other in islice(pieces, first, None):
-                if isinstance(other, Given) or other.path != path or other.offset != end:
+                if isinstance(other, Given) or (other.file is not file and other.file != file) or other.offset != end:
                     break
                 end += other.size
                 last += 1
@@ -255,13 +252,6 @@ def _read(pieces: Sequence[Piece | Given], ring: Ring) -> Generator[_Block, None
             if first < last:  # empty tensors alone
                 yield _Block(None, _NOTHING, False, [(number, _NOTHING, 0) for number in range(first, last)], 0)
             first = last
-
-
-def _open(piece: Piece) -> Reader | UnpackingReader:
-    """The reader of a piece's file."""
-    if piece.unpacked_size is None:
-        return Reader(piece.path)
-    return UnpackingReader(piece.path, piece.unpacked_size)
 
 
 def _cut(

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from manifests.checkpoint import Checkpoint
-from manifests.digest import CHUNK_BYTES
-from manifests.errors import ManifestError, ToolkitError
+from manifests.digest import CHUNK_BYTES, sha256_hex
+from manifests.errors import ManifestError, RemoteError, ToolkitError
 from manifests.paths import MANIFEST_NAME
+from manifests.remote import find_folder
 from manifests.safety import require_folder, resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
+from reshard.destination import hash_readable
+from reshard.places import Place
 from reshard.progress import Progress
 from reshard.saved import require_source
-from reshard.source import source_root
+from reshard.source import local_path, source_root
 from reshard.streams import Ring
+from reshard.web import place_of
 from reshard.workers import StopFlag, run_all
 
 if TYPE_CHECKING:
@@ -103,14 +107,17 @@ def verify(checkpoint: Checkpoint, *, jobs: int, progress: Progress) -> list[Dam
     return _run(look, entries, jobs)
 
 
-def source_folder(checkpoint: Checkpoint, path: Path) -> Path:
+def source_folder(checkpoint: Checkpoint, source: Path | str) -> Path | None:
     """The folder of a source to compare with, which is named itself or by one of its GGUF files.
+
+    None when it is not on this machine.
 
     Raises:
         ToolkitError: The file is none of those that the checkpoint was made from, so comparing it would be for nothing.
     """
-    folder, names = source_root(path), [shard.name for shard in require_source(checkpoint).shards]
-    if folder != path and path.name not in names:
+    path, folder = local_path(source), source_root(source)
+    names = [shard.name for shard in require_source(checkpoint).shards]
+    if path is not None and folder != path and path.name not in names:
         raise ToolkitError(
             f"{path}: is none of the files that {checkpoint.root} was made from; give its {names[0]}, or the folder "
             "that has it"
@@ -120,6 +127,8 @@ def source_folder(checkpoint: Checkpoint, path: Path) -> Path:
 
 def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress: Progress) -> list[Damage]:
     """Compare the recorded sha256 of every source shard and auxiliary file with the files in a source folder.
+
+    For a source on a server see `verify_published`.
 
     Raises:
         SourceNotFoundError: There is no such folder.
@@ -149,6 +158,63 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
     entries: list[Shard | Document] = [s for s in require_source(checkpoint).shards if s.sha256 is not None]
     entries += [d for d in checkpoint.manifest.documents if d.role in ("auxiliary", "source_index")]
     return _run(look, entries, jobs)
+
+
+def find_published(address: str) -> Place:
+    """The folder on a server that `verify_published` is to compare with, before anything is read for that.
+
+    Raises:
+        ManifestError: It is itself resharded.
+        SourceNotFoundError: It is no address that can be read.
+        RemoteError: The server cannot be reached.
+    """
+    folder = find_folder(address)
+    if folder.size(MANIFEST_NAME) is not None:
+        raise ManifestError(f"{folder}: is resharded itself; give the folder that holds the original shards")
+    return place_of(folder)
+
+
+def verify_published(checkpoint: Checkpoint, place: Place, *, jobs: int, progress: Progress) -> list[Damage]:
+    """Compare what was recorded of the source with what a server says of it: no shard is fetched for that.
+
+    Shards are compared by the sha256 that the server publishes, and by their headers and sizes where it does not; small
+    files by their bytes.
+
+    Raises:
+        RemoteError: The server cannot be reached.
+    """
+    headers = {document.path: document.content_sha256 for document in checkpoint.manifest.documents}
+
+    def look(entry: Shard | Document, buffer: memoryview, stop: StopFlag) -> list[Damage]:
+        stop.check()
+        name = entry.name if isinstance(entry, Shard) else entry.source_name or entry.path
+        size = entry.size if isinstance(entry, Shard) else entry.content_size
+        try:
+            found = place.size(name)
+            message = f"the source has {found} bytes, the manifest recorded {size}" if found != size else None
+            if message is None and isinstance(entry, Document):
+                message = _other("the source's sha256", hash_readable(place.file(name), size), entry.content_sha256)
+                progress.advance(size)
+            elif message is None and isinstance(entry, Shard):
+                published = place.sha256(name)
+                if published is not None and entry.sha256 is not None:
+                    message = _other("the published sha256", published, entry.sha256)
+                else:
+                    header = sha256_hex(place.header(name).rest)
+                    message = _other("the sha256 of the source's header", header, headers[entry.header])
+        except RemoteError:
+            raise
+        except ToolkitError as error:
+            message = str(error).removeprefix(f"{place.where(name)}: ")
+        return [] if message is None else [Damage(path=name, tensor=None, begin=0, end=size, message=message)]
+
+    entries: list[Shard | Document] = [*require_source(checkpoint).shards]
+    entries += [d for d in checkpoint.manifest.documents if d.role in ("auxiliary", "source_index")]
+    return _run(look, entries, jobs)
+
+
+def _other(what: str, found: str, recorded: str) -> str | None:
+    return None if found == recorded else f"{what} is {found}, the manifest recorded {recorded}"
 
 
 def find_unnamed(checkpoint: Checkpoint) -> list[str]:

@@ -22,6 +22,9 @@ DEFAULT_JOBS = min(4, os.cpu_count() or 1)
 STREAM_JOBS = max(1, min(4, (os.cpu_count() or 1) // 3))
 """Of streams that are read, hashed and written: each keeps three cores busy, and a disk likes one better than many."""
 
+REMOTE_JOBS = 8
+"""Connections to a server: one seldom fills a link."""
+
 
 SIGNAL_SECONDS = 0.5
 """An interrupt is acted on within this time."""

@@ -235,12 +235,12 @@ def test_other_threads_go_on_while_a_block_is_copied(monkeypatch: pytest.MonkeyP
     moved = []
     real = ctypes.memmove
     monkeypatch.setattr(ctypes, "memmove", lambda *arguments: moved.append(arguments[2]) or real(*arguments))
-    blocks._copy(source[10:60], target[20:70])
+    blocks.copy_bytes(source[10:60], target[20:70])
     assert bytes(target) == bytes(20) + b"x" * 50 + bytes(30)
     # ctypes gives up the interpreter's lock for the call, an assignment of slices does not.
     assert moved == [50]
-    blocks._copy(memoryview(b"abc"), target[:3])
-    blocks._copy(source[:0], target[:0])
+    blocks.copy_bytes(memoryview(b"abc"), target[:3])
+    blocks.copy_bytes(source[:0], target[:0])
     assert bytes(target[:20]) == b"abc" + bytes(17)
 
 

@@ -15,7 +15,14 @@ import pytest
 from manifests.errors import ResourceError, ToolkitError
 from reshard import disk
 from reshard.blocks import BLOCK_BYTES
-from reshard.disk import measure_fsync_seconds, measure_hash_rate, measure_read_rate, measure_write_rate
+from reshard.disk import (
+    measure_arrival_rate,
+    measure_fsync_seconds,
+    measure_hash_rate,
+    measure_read_rate,
+    measure_write_rate,
+)
+from reshard.readable import LocalFile
 
 FailCall = Callable[..., list[int]]
 
@@ -69,6 +76,20 @@ def test_holes_are_passed_over(tmp_path: Path) -> None:
         file.seek(2 * BLOCK_BYTES)
         file.write(os.urandom(BLOCK_BYTES))
     assert measure_read_rate(path) == BLOCK_BYTES
+
+
+@pytest.mark.usefixtures("ticks")
+def test_the_rate_of_what_arrives_is_that_behind_the_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(4 * BLOCK_BYTES))
+    file = LocalFile(tmp_path / "file")
+    # A look at the clock behind the first block, before each other, and at the end.
+    monkeypatch.setattr(disk, "ARRIVAL_SECONDS", 1e6)
+    assert measure_arrival_rate(file, 0, 4 * BLOCK_BYTES) == 3 * BLOCK_BYTES / 4
+    monkeypatch.setattr(disk, "ARRIVAL_SECONDS", 1.5)
+    assert measure_arrival_rate(file, 0, 4 * BLOCK_BYTES) == BLOCK_BYTES / 3
+    assert measure_arrival_rate(file, 100, 100 + BLOCK_BYTES) is None
 
 
 def test_a_small_file_tells_nothing(tmp_path: Path) -> None:

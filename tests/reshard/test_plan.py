@@ -24,6 +24,7 @@ from manifests.paths import parse_path, place_of
 from manifests.schema import Selection
 from manifests.summary import summarize
 from reshard import plan as plan_module
+from reshard.places import LocalPlace
 from reshard.plan import PAGE_BYTES, Plan, SelectionError, make_plan
 from reshard.source import SourceCheckpoint
 
@@ -60,7 +61,7 @@ def sources(draw: st.DrawFn) -> SourceCheckpoint:
         raw = encode_header(entries, align=draw(st.sampled_from([1, 8])))
         shards[f"{number}.safetensors"] = parse_header(raw, file_bytes=len(raw) + position, what="")
     return SourceCheckpoint(
-        root=Path("x"), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+        place=LocalPlace(Path("x")), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
     )
 
 
@@ -239,7 +240,7 @@ def header_of(*tensors: tuple[str, str, int]) -> Header:
 def source_of(*headers: Header) -> SourceCheckpoint:
     shards = {f"{number}.safetensors": header for number, header in enumerate(headers)}
     return SourceCheckpoint(
-        root=Path("x"), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+        place=LocalPlace(Path("x")), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import ManifestError, SourceNotFoundError
-from reshard.source import OTHER_WEIGHT_SUFFIXES, read_source
+from reshard.small_files import OTHER_WEIGHT_SUFFIXES
+from reshard.source import read_source
 
 TAKEN = [
     ".gitattributes", "LICENSE", "config.json", "empty.txt", "figures/deep/benchmark 1.txt", "generation_config.json",

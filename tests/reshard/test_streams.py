@@ -24,6 +24,7 @@ from manifests.errors import IntegrityError, ResourceError, ToolkitError
 from reshard import blocks, streams
 from reshard.blocks import ALIGN_BYTES, Writer
 from reshard.progress import Progress
+from reshard.readable import LocalFile
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.workers import StopFlag, StoppedError
 
@@ -141,7 +142,7 @@ def test_any_pieces_arrive(
             ends[output] = begin + len(data)
             # Runs that follow each other in the output, or lie there in the other order.
             target = outputs[output].target(len(outputs[output].expected) - ends[output] if backwards else begin, data)
-        pieces.append(Piece(path=folder / f"source{source}", offset=offset, size=len(data), target=target))
+        pieces.append(Piece(file=LocalFile(folder / f"source{source}"), offset=offset, size=len(data), target=target))
         parts.append(data)
     ring = Ring(RING)
     pumped = flow(pieces, ring)
@@ -182,7 +183,7 @@ def test_empty_tensors_and_the_borders_of_blocks(source: Path, tmp_path: Path, s
     for number, size in enumerate(sizes):
         outputs.append(Output(tmp_path / f"out{number}", size))
         target = outputs[-1].target(0, raw[offset : offset + size])
-        pieces.append(Piece(path=source, offset=offset, size=size, target=target))
+        pieces.append(Piece(file=LocalFile(source), offset=offset, size=size, target=target))
         offset += size
     pumped = flow(pieces, ring)
     assert pumped.digests == [digests_of(bytes(output.expected)) for output in outputs]
@@ -195,21 +196,21 @@ def test_an_empty_tensor_that_stands_behind_its_neighbour(source: Path, tmp_path
     """Sorted by where they begin, either of two may come first."""
     raw = source.read_bytes()
     ranges = [(0, PAGE), (PAGE, 3 * PAGE), (PAGE, 0), (4 * PAGE, 10), (10 * PAGE, 0)]
-    pumped = flow([Piece(path=source, offset=offset, size=size) for offset, size in ranges], ring)
+    pumped = flow([Piece(file=LocalFile(source), offset=offset, size=size) for offset, size in ranges], ring)
     assert pumped.digests == [digests_of(raw[offset : offset + size]) for offset, size in ranges]
 
 
 def test_neighbours_are_read_in_one_go(source: Path, direct: Any, ring: Ring) -> None:
-    pieces = [Piece(path=source, offset=number * 100, size=100) for number in range(10 * PAGE // 100)]
+    pieces = [Piece(file=LocalFile(source), offset=number * 100, size=100) for number in range(10 * PAGE // 100)]
     flow(pieces, ring)
     assert [length for what, _, length in direct.moved if what == "read"] == [2 * PAGE] * 5
 
 
 def test_what_is_not_asked_for_is_not_done(source: Path, ring: Ring) -> None:
-    pieces = [Piece(path=source, offset=0, size=PAGE), Piece(path=source, offset=PAGE, size=1)]
+    pieces = [Piece(file=LocalFile(source), offset=0, size=PAGE), Piece(file=LocalFile(source), offset=PAGE, size=1)]
     assert flow(pieces, ring, digests=False).digests == [(), ()]
     with Progress(0, label="", quiet=True) as progress:
-        gone = [Piece(path=source.with_name("gone"), offset=0, size=PAGE)]
+        gone = [Piece(file=LocalFile(source.with_name("gone")), offset=0, size=PAGE)]
         assert pump(gone, whole=None, digests=False, ring=ring, progress=progress, stop=StopFlag()) == [()]
 
 
@@ -237,7 +238,9 @@ def test_holes_stay_holes_and_are_hashed(sparse: Path, tmp_path: Path, ring: Rin
     raw = sparse.read_bytes()
     output = Output(tmp_path / "out", 4 * MB + 4096)
     pieces = [
-        Piece(path=sparse, offset=begin, size=end - begin, target=output.target(4096 + begin, raw[begin:end]))
+        Piece(
+            file=LocalFile(sparse), offset=begin, size=end - begin, target=output.target(4096 + begin, raw[begin:end])
+        )
         for begin, end in pairwise(CUTS)
     ]
     pumped = flow(pieces, ring)
@@ -252,7 +255,7 @@ def test_a_hole_is_written_where_something_else_may_lie(sparse: Path, tmp_path: 
     """In the file of an interrupted run: what was found to be wrong there must not shine through."""
     (tmp_path / "out.partial").write_bytes(b"\xff" * 4 * MB)
     writer = Writer(tmp_path / "out", 4 * MB, adopt=True)
-    flow([Piece(path=sparse, offset=0, size=4 * MB, target=Target(open=lambda: writer, offset=0))], ring)
+    flow([Piece(file=LocalFile(sparse), offset=0, size=4 * MB, target=Target(open=lambda: writer, offset=0))], ring)
     writer.finish()
     assert (tmp_path / "out").read_bytes() == sparse.read_bytes()
 
@@ -315,7 +318,7 @@ def test_a_failure_anywhere_ends_everything(
 
     pieces = [
         Piece(
-            path=source if number < 10 else tmp_path / "source",
+            file=LocalFile(source if number < 10 else tmp_path / "source"),
             offset=number * 4 * PAGE,
             size=4 * PAGE,
             # Apart from each other, so that each is written for itself.
@@ -345,7 +348,7 @@ def test_a_failure_anywhere_ends_everything(
         os.truncate(source, 80 * PAGE - at * 4 * PAGE)
         error = IntegrityError
     elif stage == "gone":
-        pieces[at] = Piece(path=tmp_path / "gone", offset=0, size=1)
+        pieces[at] = Piece(file=LocalFile(tmp_path / "gone"), offset=0, size=1)
         error = ToolkitError
     with pytest.raises(error), Progress(0, label="", quiet=True) as progress:
         pump(pieces, whole=whole, digests=True, ring=ring, progress=progress, stop=stop)
@@ -356,7 +359,7 @@ def test_a_failure_is_soon_the_end(source: Path, tmp_path: Path, direct: Any, ri
     """The rest of a shard of gigabytes is not read for nothing."""
     source.write_bytes(bytes(200 * PAGE))
     with pytest.raises(Trouble):
-        flow([Piece(path=source, offset=0, size=200 * PAGE, target=Target(open=fail, offset=0))], ring)
+        flow([Piece(file=LocalFile(source), offset=0, size=200 * PAGE, target=Target(open=fail, offset=0))], ring)
     assert len(direct.moved) <= 2 * RING  # of 100 blocks
 
 
@@ -378,7 +381,7 @@ def test_a_piece_is_said_to_be_written_soon(source: Path, tmp_path: Path, ring: 
     for number, output in enumerate(outputs):
         made = output.target(0, raw[number * 3 * PAGE : (number + 1) * 3 * PAGE])
         target = Target(open=partial(opened, number), offset=0, written=made.written)
-        pieces.append(Piece(path=source, offset=number * 3 * PAGE, size=3 * PAGE, target=target))
+        pieces.append(Piece(file=LocalFile(source), offset=number * 3 * PAGE, size=3 * PAGE, target=target))
     flow(pieces, ring)
     assert [output.finish() for output in outputs] == [bytes(output.expected) for output in outputs]
 
@@ -392,7 +395,7 @@ def test_the_first_failure_is_told(source: Path, ring: Ring) -> None:
         raise Trouble
 
     target = Target(open=opened, offset=0)
-    pieces = [Piece(path=source, offset=number * PAGE, size=PAGE, target=target) for number in range(10)]
+    pieces = [Piece(file=LocalFile(source), offset=number * PAGE, size=PAGE, target=target) for number in range(10)]
     with pytest.raises(Trouble):
         flow(pieces, ring)
     assert seen == [1]  # and nothing more is tried
@@ -410,7 +413,7 @@ def test_a_system_without_more_threads(
         started.append(self)
         real(self)
 
-    piece = Piece(path=source, offset=0, size=PAGE, target=output.target(0, source.read_bytes()[:PAGE]))
+    piece = Piece(file=LocalFile(source), offset=0, size=PAGE, target=output.target(0, source.read_bytes()[:PAGE]))
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(ResourceError, match="allows no more threads"):
@@ -429,7 +432,7 @@ def test_streams_share_a_ring_of_one_block(source: Path, tmp_path: Path) -> None
 
     def run(output: Output) -> None:
         target = output.target(0, raw)
-        found.append(flow([Piece(path=source, offset=0, size=10 * PAGE, target=target)], ring))
+        found.append(flow([Piece(file=LocalFile(source), offset=0, size=10 * PAGE, target=target)], ring))
 
     threads = [threading.Thread(target=run, args=(output,)) for output in outputs]
     for thread in threads:
@@ -462,7 +465,7 @@ def test_memory_is_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rin
     writer = Writer(tmp_path / "out", 40 * PAGE)
     slow = threading.Event()
     target = Target(open=lambda: (slow.wait(0.005), writer)[1], offset=0)
-    flow([Piece(path=tmp_path / "source", offset=0, size=40 * PAGE, target=target)], ring)
+    flow([Piece(file=LocalFile(tmp_path / "source"), offset=0, size=40 * PAGE, target=target)], ring)
     writer.finish()
     assert 1 <= most[0] <= RING + 3  # each thread counts down a moment after the block is free again
     assert (tmp_path / "out").read_bytes() == (tmp_path / "source").read_bytes()

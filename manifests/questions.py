@@ -1,0 +1,49 @@
+"""Many questions at the same time, their answers in order.
+
+On threads that nobody waits for: a server may be silent for a minute when the program is to end.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def each(ask: Callable[[S], T], names: Sequence[S], *, at_once: int) -> Generator[T, None, None]:
+    """The answer for each of these, in their order.
+
+    Args:
+        ask: Gives it; called on several threads.
+        names: What is asked about.
+        at_once: How many answers may be under way.
+
+    Raises:
+        Whatever `ask` raises, when that answer's turn has come.
+    """
+    waiting: queue.SimpleQueue[tuple[S, Future[T]]] = queue.SimpleQueue()
+    answers: list[Future[T]] = [Future() for _ in names]
+    for pair in zip(names, answers, strict=True):
+        waiting.put(pair)
+    is_over = threading.Event()
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not is_over.is_set():
+                name, answer = waiting.get_nowait()
+                try:
+                    answer.set_result(ask(name))
+                except BaseException as error:
+                    answer.set_exception(error)
+
+    try:
+        for _ in range(min(at_once, len(names))):
+            threading.Thread(target=work, daemon=True).start()
+        for answer in answers:
+            yield answer.result()
+    finally:
+        is_over.set()
