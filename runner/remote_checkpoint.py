@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import manifests
@@ -77,7 +77,7 @@ def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
             raise RemoteError(f"{text}: HF_HUB_OFFLINE is set")
         origin = remote.find_folder(text)
         state = _ask(cache, origin, last)
-        if state is not last:
+        if state != last:
             note = {"state": state.key, "etag": state.etag, "base": state.base}
             cache.put(cache.place(place), json.dumps(note).encode("ascii"))
     except RemoteError as error:
@@ -114,7 +114,7 @@ def _last(cache: CacheFolder, place: str) -> _State | None:
 
 
 def _ask(cache: CacheFolder, origin: RemoteFolder, last: _State | None) -> _State:
-    """The state that a folder has now; `last` itself when that is still it."""
+    """The state that a folder has now; `last` when that is still it."""
     if last is not None and origin.files is not None and last.base == origin.url:
         return last  # the same commit
     is_resharded = last is not None and last.manifest.layout == "resharded"
@@ -123,23 +123,18 @@ def _ask(cache: CacheFolder, origin: RemoteFolder, last: _State | None) -> _Stat
         etag = last.etag if last is not None and is_resharded else None
         url = urls.join(origin.url, MANIFEST_NAME)
         found = origin.web.read(url, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
-        if found is None and etag is not None:
-            return _the(last)
+        if found is None and last is not None and etag is not None:
+            return replace(last, base=origin.url)
         if found is not None:
             key = sha256_hex(found.content)
             if last is not None and key == last.key:
-                return last
+                return replace(last, etag=found.etag, base=origin.url)
             manifest = decode(found.content, what=origin.where(MANIFEST_NAME))
             cache.put(cache.state(key) / MANIFEST_NAME, found.content)
             return _State(key=key, manifest=manifest, etag=found.etag, base=origin.url)
     if last is not None and not is_resharded and _is_same(origin, last):
-        return last
+        return replace(last, base=origin.url)
     return _read_shards(cache, origin)
-
-
-def _the(state: _State | None) -> _State:
-    assert state is not None
-    return state
 
 
 def _read_shards(cache: CacheFolder, origin: RemoteFolder) -> _State:

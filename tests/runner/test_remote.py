@@ -347,11 +347,28 @@ def test_a_server_without_names_of_states(checkpoints: dict[str, Path], serve: C
     assert list(server.ranges) == ["manifest.json"]
 
 
+def test_a_new_name_for_the_same_state_is_remembered(
+    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], tmp_path: Path
+) -> None:
+    """A server that was set up anew: the manifest is read once more, and not again."""
+    root = shutil.copytree(checkpoints["bf16-resharded"], tmp_path / "copy")
+    server = serve(root)
+    first = logits(server.url)
+    os.utime(root / "manifest.json", (1, 1))
+    for asked in (["manifest.json"], []):
+        server.forget()
+        assert torch.equal(logits(server.url), first)
+        assert list(server.ranges) == asked
+
+
 def test_a_repository_of_the_hub(
-    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path],
+    serve: Callable[[Path], FolderServer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its commit says whether it is the same; nothing else is asked then."""
-    root = checkpoints["demo"]
+    root, root_of_next = checkpoints["demo"], tmp_path / "next"
     server = serve(root)
     listed = {path.name: hub.Listed(size=path.stat().st_size, sha256=None) for path in root.iterdir()}
     asked = []
@@ -366,6 +383,16 @@ def test_a_repository_of_the_hub(
     server.forget()
     assert torch.equal(logits("hf://org/name"), expected)
     assert (server.sent(), len(asked)) == (0, 2)
+
+    # Another commit with the same files: looked at once.
+    shutil.copytree(root, root_of_next, dirs_exist_ok=True)
+    following = serve(root_of_next.parent)
+    server.url = f"{following.url}/next"
+    assert torch.equal(logits("hf://org/name"), expected)
+    assert following.sent() == len(list(root.glob("*.safetensors*")))
+    following.forget()
+    assert torch.equal(logits("hf://org/name"), expected)
+    assert following.sent() == 0
 
     def unreachable(text: str) -> hub.Repository:
         raise RemoteError(f"{text}: the Hub cannot be asked")
