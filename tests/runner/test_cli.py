@@ -38,16 +38,18 @@ def tiny(tiny_checkpoint: Path) -> Path:
 
 OPTIONS = {
     "generate": "--model --prompt --file --system --max-tokens --temp --top-k --top-p --min-p --seed --stop "
-    "--speculate --draft-tokens --mtp-input --ctx --ram --io --pin --dtype --threads --json --quiet",
+    "--speculate --draft-tokens --mtp-input --ctx --ram --io --cache-size --pin --dtype --threads --json --quiet",
     "chat": "--model --system --thinking --max-tokens --temp --top-k --top-p --min-p --seed --speculate "
-    "--draft-tokens --mtp-input --ctx --ram --io --pin --dtype --threads --quiet",
-    "logits": "--model --prompt --ids --out --ram --io --pin --dtype --threads --json --quiet",
-    "eval": "--model --file --ctx --ram --io --pin --dtype --threads --json --quiet",
-    "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --pin --dtype --threads --json --quiet",
+    "--draft-tokens --mtp-input --ctx --ram --io --cache-size --pin --dtype --threads --quiet",
+    "logits": "--model --prompt --ids --out --ram --io --cache-size --pin --dtype --threads --json --quiet",
+    "eval": "--model --file --ctx --ram --io --cache-size --pin --dtype --threads --json --quiet",
+    "trace": "--model --prompt --file --max-tokens --out --ctx --ram --io --cache-size --pin "
+    "--dtype --threads --json --quiet",
     "replay": "--experts-in-memory --ram --expert-bytes --json --quiet",
     "doctor": "--model --json",
-    "mtp": "--model --file --tokens --draft-tokens --mtp-input --ram --io --pin --dtype --threads --json --quiet",
-    "bench": "--model --ids --prompt-tokens --tokens --ram --io --pin --dtype --threads --json --quiet",
+    "mtp": "--model --file --tokens --draft-tokens --mtp-input --ram --io --cache-size --pin "
+    "--dtype --threads --json --quiet",
+    "bench": "--model --ids --prompt-tokens --tokens --ram --io --cache-size --pin --dtype --threads --json --quiet",
 }
 
 
@@ -140,6 +142,9 @@ def test_generate_document(tiny: Path, document: Document) -> None:
         "read_bytes",
         "wait_s",
         "resident_bytes",
+        "fetched_bytes",
+        "fetched_bytes_per_token",
+        "fetch_wait_s",
     ]
     assert found["sampling"] == {"temperature": 0.8, "top_k": 9, "top_p": 1.0, "min_p": 0.0, "seed": 5}
     assert (len(found["ids"]), found["finish_reason"]) == (6, "length")

@@ -98,7 +98,7 @@ BENCH = [
 ]  # fmt: skip
 PHASE = [
     "tokens", "seconds", "tokens_per_s", "median_pass_s", "read_bytes", "expert_hits", "expert_misses", "hit_rate",
-    "wait_s", "compute_s", "floor_s", "share_of_floor",
+    "wait_s", "fetched_bytes", "fetch_wait_s", "compute_s", "floor_s", "share_of_floor",
 ]  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from runner import kernels, sizes
 MIB = 1 << 20
 
 
-def contents(expert: int, parts: int, *, is_in_place: bool = True) -> Any:
+def contents(expert: int, parts: int, *, is_in_place: bool = True, cache: Any = None) -> Any:
     return SimpleNamespace(
-        is_in_place=is_in_place, expert_bytes=lambda _layers: expert, expert_parts=lambda _layers: parts
+        is_in_place=is_in_place, expert_bytes=lambda _layers: expert, expert_parts=lambda _layers: parts, cache=cache
     )
 
 
@@ -35,6 +35,10 @@ def test_small_experts_in_several_parts_are_read(expert: int, parts: int, is_in_
     if kernels.library() is None:
         pytest.skip("products are not compiled here")
     assert sizes.default_io(contents(expert, parts, is_in_place=is_in_place), CONFIG) == expected
+
+
+def test_from_a_server_nothing_is_mapped() -> None:
+    assert sizes.default_io(contents(44 * MIB, 1, is_in_place=False, cache=object()), CONFIG) == "direct"
 
 
 def test_without_the_library_nothing_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
