@@ -1,31 +1,49 @@
-"""config.json of a checkpoint, and the few values of it that counting needs."""
+"""config.json and its like, small JSON objects of a checkpoint; and the few values of it that counting needs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from manifests.errors import ManifestError
-from manifests.folder import Folder
 from manifests.header import MAX_FILE_BYTES
 from manifests.jsontext import parse_json
 from manifests.schema import ModelFacts
 
 CONFIG_NAME = "config.json"
-MAX_CONFIG_BYTES = 10_000_000
+MAX_CONFIG_BYTES = 1 << 24
 
 
-def read_config(folder: Folder) -> Mapping[str, Any]:
-    """config.json of a folder; empty when it has none.
+class Files(Protocol):
+    """What small files are read from: a folder, or the auxiliary files of a checkpoint."""
+
+    def where(self, name: str) -> str:
+        """A file's full name for messages."""
+
+    def read(self, name: str, *, max_bytes: int) -> bytes | None:
+        """All bytes of a small file; None when there is none."""
+
+
+def read_object(files: Files, name: str) -> Mapping[str, Any]:
+    """A JSON object of a checkpoint; empty when it has no such file.
 
     Raises:
         ManifestError: It is not a JSON object.
     """
-    raw = folder.read(CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+    raw = files.read(name, max_bytes=MAX_CONFIG_BYTES)
     if raw is None:
         return {}
-    config = parse_json(raw, what=folder.where(CONFIG_NAME))
-    if not isinstance(config, dict):
-        raise ManifestError(f"{folder.where(CONFIG_NAME)}: must be a JSON object")
-    return config
+    document = parse_json(raw, what=files.where(name))
+    if not isinstance(document, dict):
+        raise ManifestError(f"{files.where(name)}: must be a JSON object")
+    return document
+
+
+def read_config(folder: Files) -> Mapping[str, Any]:
+    """config.json; empty when there is none.
+
+    Raises:
+        ManifestError: It is not a JSON object.
+    """
+    return read_object(folder, CONFIG_NAME)
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:

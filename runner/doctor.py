@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import manifests
 from manifests.check import check_files
+from manifests.config import read_object
 from manifests.console import counted, format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from manifests.folder import LocalFolder
@@ -209,7 +210,7 @@ def _examine_model(
         return facts, None
     # These need the packages that were just looked for.
     from runner.loaded import choose_sampling, open_checkpoint
-    from runner.text import Text, read_optional_json
+    from runner.text import Text
 
     checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))
     if checkpoint is None:
@@ -247,7 +248,7 @@ def _examine_model(
             found.notes.append("no chat template: `runner generate` works, `runner chat` does not")
         if not text.eos_ids:
             found.notes.append("no end-of-text token is named: generation ends only at -n, --stop or --ctx")
-    generation = found.attempt("sampling", lambda: read_optional_json(checkpoint.auxiliary, "generation_config.json"))
+    generation = found.attempt("sampling", lambda: read_object(checkpoint.auxiliary, "generation_config.json"))
     if generation is not None:
         sampling = found.attempt("sampling", lambda: choose_sampling(generation, {}))
         if sampling is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import manifests
 from manifests import gguf_files, urls
+from manifests.config import read_object
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
 from manifests.inventory import open_model
@@ -38,7 +39,7 @@ from runner.sampling import SamplingParams
 from runner.sizes import check_cache, default_io, measure, plan_memory, routed_experts
 from runner.speculative import Speculation
 from runner.telemetry import RunStats, Telemetry
-from runner.text import StopScanner, Text, read_optional_json
+from runner.text import StopScanner, Text
 from runner.weights import WeightStore
 
 Speculate = Literal["auto", "on", "off"]
@@ -277,7 +278,7 @@ class LoadedModel:
             ManifestError: generation_config.json has a value that cannot be used.
             ToolkitError: A given value cannot be used.
         """
-        return choose_sampling(read_optional_json(self._checkpoint.auxiliary, "generation_config.json"), given)
+        return choose_sampling(read_object(self._checkpoint.auxiliary, "generation_config.json"), given)
 
     def start(
         self,

@@ -21,14 +21,13 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 from manifests.auxiliary import Auxiliary
+from manifests.config import read_object
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from manifests.folder import LocalFolder
-from manifests.jsontext import parse_json
 from runner.chat import ChatTemplate, Message
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 1 << 28
-MAX_CONFIG_BYTES = 1 << 24
 
 _MEMORY_PER_QUOTE = 150
 """Memory that the library takes for each of the two quotation marks of a string, besides the file itself. It keeps
@@ -99,12 +98,12 @@ class Text:
         """
         if isinstance(checkpoint, Path):
             auxiliary = Auxiliary(LocalFolder(checkpoint))
-            model = read_optional_json(auxiliary, "config.json")
+            model = read_object(auxiliary, "config.json")
         else:
             auxiliary, model = checkpoint.auxiliary, checkpoint.config
         tokenizer = _read_tokenizer(auxiliary)
-        own = read_optional_json(auxiliary, "tokenizer_config.json")
-        generation = read_optional_json(auxiliary, "generation_config.json")
+        own = read_object(auxiliary, "tokenizer_config.json")
+        generation = read_object(auxiliary, "generation_config.json")
 
         bos_ids = _ids(generation, "bos_token_id") or _ids(model, "bos_token_id")
         bos_id = _named_id(tokenizer, own, "bos_token", auxiliary)
@@ -306,21 +305,6 @@ def tokenizer_bytes(auxiliary: Auxiliary) -> int:
     except ToolkitError:
         return 0  # said to whoever needs it; ids need none
     return 0 if raw is None else len(raw) + _MEMORY_PER_QUOTE * raw.count(b'"')
-
-
-def read_optional_json(auxiliary: Auxiliary, name: str) -> Mapping[str, Any]:
-    """A JSON object of a checkpoint; empty when it has no such file.
-
-    Raises:
-        ManifestError: It is not a JSON object.
-    """
-    raw = auxiliary.read(name, max_bytes=MAX_CONFIG_BYTES)
-    if raw is None:
-        return {}
-    document = parse_json(raw, what=auxiliary.where(name))
-    if not isinstance(document, dict):
-        raise ManifestError(f"{auxiliary.where(name)}: must hold a JSON object")
-    return document
 
 
 def _read_tokenizer(auxiliary: Auxiliary) -> Tokenizer:

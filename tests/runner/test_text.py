@@ -129,7 +129,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"config": {"eos_token_id": True}}, "eos_token_id must be a token id"),
         ({"config": {"eos_token_id": [1, -1]}}, "eos_token_id must be a token id"),
         ({"generation_config": {"bos_token_id": "0"}}, "bos_token_id must be a token id"),
-        ({"generation_config": [1]}, "must hold a JSON object"),
+        ({"generation_config": [1]}, "must be a JSON object"),
     ],
 )
 def test_contradictions_are_refused(text_folder: Folder, files: dict[str, Any], message: str) -> None:
