@@ -408,7 +408,15 @@ def test_a_proxy_of_the_environment_is_used(server: FileServer, monkeypatch: pyt
 
 def test_many_threads_share_one_file(server: FileServer) -> None:
     remote = file(server)
-    server.instead = lambda asked, right: Answer(503) if random.random() < 0.2 else None
+    refused: set[str | None] = set()
+
+    def busy_at_first(asked: Asked, right: Answer) -> Answer | None:
+        if asked.range in refused:
+            return None
+        refused.add(asked.range)
+        return Answer(503)
+
+    server.instead = busy_at_first
     wrong = []
 
     def read(number: int) -> None:
