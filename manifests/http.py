@@ -12,20 +12,16 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from manifests import urls
-from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError, ToolkitError
+from manifests import answers, urls
+from manifests.answers import ABSENT, FORBIDDEN, PassingError, explain, library, refuse
+from manifests.errors import IntegrityError, ManifestError, RemoteError
 
 if TYPE_CHECKING:
     import urllib3
-
-CONNECT_S = 15.0
-SILENCE_S = 60.0
-"""How long a server may send nothing."""
 
 TRIES = 6
 """Failures one behind the other, without a byte between them, that are borne."""
@@ -42,18 +38,7 @@ READ_BYTES = 512 << 10
 
 CONNECTIONS = 64
 _REDIRECTS = 5
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-_ABSENT = frozenset({404, 410})
-_FORBIDDEN = frozenset({401, 403})
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
-
-
-class _PassingError(Exception):
-    """A failure that may pass: what it was, and how long the server asks to wait."""
-
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.pause_s = pause_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +83,7 @@ class Web:
     """
 
     def __init__(self, authorization: Mapping[tuple[str, str, int], str] | None = None) -> None:
-        self._library = _library()
+        self._library = library()
         self._authorization = dict(authorization or {})
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
@@ -132,16 +117,16 @@ class Web:
                 with closing(response):
                     if response.status == 304 and etag is not None:
                         return None
-                    if response.status in _ABSENT and etag is None:
+                    if response.status in ABSENT and etag is None:
                         return None
-                    _refuse(response, url)
+                    refuse(response, url)
                     if response.status != 200:
                         raise RemoteError(f"{urls.shown(url)}: the server answers with status {response.status}")
                     return Document(content=_whole(response, url, max_bytes), etag=response.headers.get("ETag"))
-            except _PassingError as failure:
+            except PassingError as failure:
                 patience.bear(failure)
             except self._library.exceptions.HTTPError as error:
-                patience.bear(_failure(error, url))
+                patience.bear(explain(error, url))
 
     def ask(self, url: str, headers: Mapping[str, str]) -> tuple["urllib3.BaseHTTPResponse", str]:
         """One GET, redirects followed: the response, its body not read, and the address that gave it.
@@ -179,7 +164,7 @@ class Web:
         proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
         with self._lock:
             if proxy not in self._managers:
-                timeout = self._library.Timeout(connect=CONNECT_S, read=SILENCE_S)
+                timeout = self._library.Timeout(connect=answers.CONNECT_S, read=answers.SILENCE_S)
                 self._managers[proxy] = (
                     self._library.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
                     if proxy is None
@@ -257,16 +242,16 @@ class RemoteFile:
 
         Raises:
             SourceNotFoundError, IntegrityError, RemoteError: See `read`.
-            _PassingError: A failure that may pass.
+            PassingError: A failure that may pass.
             urllib3.exceptions.HTTPError: The connection failed.
         """
         asked = self._location
         response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
         try:
-            if asked != self.url and response.status in _ABSENT | _FORBIDDEN:
+            if asked != self.url and response.status in ABSENT | FORBIDDEN:
                 # What a redirect leads to is often signed for a while only.
                 self._location = self.url
-                raise _PassingError("the redirected address is no longer valid", 0)
+                raise PassingError("the redirected address is no longer valid", 0)
             self._location = location
             self._check(response, begin, end)
         except BaseException:
@@ -276,7 +261,7 @@ class RemoteFile:
 
     def _check(self, response: "urllib3.BaseHTTPResponse", begin: int, end: int) -> None:
         """Whether a response is the range that was asked for, of the file that was seen before."""
-        _refuse(response, self.url)
+        refuse(response, self.url)
         if response.status == 200:
             raise RemoteError(f"{self.where}: the server does not serve ranges of files (it ignores Range)")
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -354,7 +339,7 @@ class Stream:
             # What has arrived and no more: bytes that a longer call holds would be lost with its connection.
             data = self._response.read1(min(wanted, READ_BYTES), decode_content=False)
             if not data:
-                raise _PassingError("the connection ended early")
+                raise PassingError("the connection ended early")
             view[: len(data)] = data
             count = len(data)
 
@@ -383,14 +368,14 @@ class Stream:
                 raise IntegrityError(f"{self._file.where}: ends at byte {size}, before {self.end}")
 
     def _retrying(self, work: Callable[[], None]) -> None:
-        errors = _library().exceptions.HTTPError
+        errors = library().exceptions.HTTPError
         while True:
             try:
                 return work()
-            except _PassingError as failure:
+            except PassingError as failure:
                 passing = failure
             except errors as error:
-                passing = _failure(error, self._file.url)
+                passing = explain(error, self._file.url)
             except BaseException:
                 self._drop()
                 raise
@@ -416,7 +401,7 @@ class _Patience:
         """It went on."""
         self._failures = 0
 
-    def bear(self, failure: _PassingError) -> None:
+    def bear(self, failure: PassingError) -> None:
         """Wait before the next try.
 
         Raises:
@@ -436,42 +421,6 @@ class _Patience:
                 ) from failure
             pause_s = failure.pause_s
         time.sleep(pause_s)
-
-
-def _library() -> ModuleType:
-    try:
-        import urllib3
-    except ImportError as error:
-        raise ToolkitError("web servers are read with urllib3: `pip install expert-reshard[http]`") from error
-    return urllib3
-
-
-def _refuse(response: "urllib3.BaseHTTPResponse", url: str) -> None:
-    """Raise what a status means that no request goes on with."""
-    where = urls.shown(url)
-    status = response.status
-    if status in _PASSING:
-        raise _PassingError(f"the server answers with status {status}", _pause(response))
-    if status in _ABSENT:
-        raise SourceNotFoundError(f"{where}: the server has no such file")
-    if status in _FORBIDDEN:
-        raise SourceNotFoundError(
-            f"{where}: the server does not let you read it (status {status}); give user and password in the address, "
-            "or for the Hub a token in HF_TOKEN"
-        )
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if status in (200, 206) and encoding.lower() != "identity":
-        raise RemoteError(f"{where}: the server sends it compressed ({encoding!r:.40}), so its bytes cannot be told")
-
-
-def _pause(response: "urllib3.BaseHTTPResponse") -> float | None:
-    """Seconds that the server asks to wait; None when it does not, or not in a way that can be read."""
-    library = _library()
-    try:
-        found: float | None = library.Retry().get_retry_after(response)
-    except (library.exceptions.HTTPError, ValueError, OverflowError):
-        return None
-    return found
 
 
 def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> bytes:
@@ -495,28 +444,3 @@ def _redirected(url: str, location: str) -> str:
         raise RemoteError(f"{urls.shown(url)}: is redirected from https to http, which is not followed")
     # Not the password that a server writes into an address: nobody here gave it.
     return urls.parse(target).url
-
-
-def _failure(error: Exception, url: str) -> _PassingError:
-    """What a failed connection was.
-
-    Raises:
-        RemoteError: It will not get better by trying again.
-    """
-    exceptions = _library().exceptions
-    if isinstance(error, exceptions.SSLError):
-        raise RemoteError(
-            f"{urls.shown(url)}: no secure connection: {error}; for a certificate of your own name its authority in "
-            "SSL_CERT_FILE"
-        ) from error
-    if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
-        raise RemoteError(f"{urls.shown(url)}: is no address that can be asked") from error
-    if isinstance(error, exceptions.NameResolutionError):
-        return _PassingError("its host name cannot be found")
-    if isinstance(error, exceptions.NewConnectionError):
-        return _PassingError("its server cannot be reached")
-    if isinstance(error, exceptions.ConnectTimeoutError):
-        return _PassingError(f"its server did not answer within {CONNECT_S:.0f} s")
-    if isinstance(error, exceptions.ReadTimeoutError):
-        return _PassingError(f"its server sent nothing for {SILENCE_S:.0f} s")
-    return _PassingError("the connection broke")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from manifests import http, urls
+from manifests import answers, http, urls
 from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError, ToolkitError
 from manifests.http import RemoteFile, Web
 from tests.file_server import Answer, Asked, FileServer, serve
@@ -24,7 +24,7 @@ CONTENT = random.Random(1).randbytes(100_000)
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(http, "SILENCE_S", 5.0)
+    monkeypatch.setattr(answers, "SILENCE_S", 5.0)
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_silent_server(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "SILENCE_S", 0.05)
+    monkeypatch.setattr(answers, "SILENCE_S", 0.05)
     monkeypatch.setattr(http, "FIRST_TRIES", 2)
 
     def silent(asked: Asked, right: Answer) -> Answer:
