@@ -12,7 +12,7 @@ from manifests.paths import INDEX_NAME, SOURCE_FOLDER
 from manifests.schema import Document
 from reshard.archive import pack
 from reshard.destination import copy_readable, write_file
-from reshard.readable import Readable
+from reshard.openable import Openable
 from reshard.source import SourceCheckpoint
 
 INDEX_PATH = f"{SOURCE_FOLDER}/index.json.zst"
@@ -72,7 +72,7 @@ def _write_own(destination: Path, path: str, role: str, content: bytes) -> Docum
     )
 
 
-def _copy_auxiliary(destination: Path, source: Readable, size: int, path: str) -> Document:
+def _copy_auxiliary(destination: Path, source: Openable, size: int, path: str) -> Document:
     sha256 = copy_readable(source, size, destination / path)
     return Document(
         path=path,

@@ -22,10 +22,10 @@ from manifests.errors import IntegrityError, ManifestError
 from manifests.header import Header
 from manifests.storage import sync_folder
 from reshard.blocks import Writer
+from reshard.openable import Openable, OutputFile
 from reshard.places import Place, Range
 from reshard.plan import Plan, PlannedFile, PlannedTensor
 from reshard.progress import Progress
-from reshard.readable import OutputFile, Readable
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.workers import PoisonLock, StopFlag, run_all, thread_limit_named
 
@@ -304,7 +304,7 @@ class _Mover:
                 ranges.append((begin, end))
         return ranges
 
-    def _takes(self, tensor: PlannedTensor, file: Readable, output: _Output | None) -> Iterator[_Take]:
+    def _takes(self, tensor: PlannedTensor, file: Openable, output: _Output | None) -> Iterator[_Take]:
         """The pieces that make a tensor: what is read back, and what is read of its shard and written."""
         there = self._there(tensor, is_missing=output is not None)
         if there:
@@ -365,7 +365,7 @@ class _Mover:
             self._commit(moved)
 
 
-def _with_gaps(takes: list[_Take], file: Readable, header: Header) -> list[_Take]:
+def _with_gaps(takes: list[_Take], file: Openable, header: Header) -> list[_Take]:
     """All of a shard behind its header: its own sha256 is of what is between its tensors, too, which has no name."""
     start = len(header.raw)
     gaps = [_Take("", Piece(file=file, offset=start + gap.begin, size=len(gap.content))) for gap in header.gaps]

@@ -86,8 +86,9 @@ def mtp(
     Exit code 0 when the layer can be run, 14 when not.
     """
     from runner.config import ModelConfig
-    from runner.loaded import LoadedModel, open_checkpoint
+    from runner.loaded import LoadedModel
     from runner.mtp_parts import MtpParts
+    from runner.opening import open_checkpoint
 
     text = None if file is None else read_text(file)
     checkpoint = open_checkpoint(model, cache_size)

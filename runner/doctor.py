@@ -209,7 +209,8 @@ def _examine_model(
     if not can_import:
         return facts, None
     # These need the packages that were just looked for.
-    from runner.loaded import choose_sampling, open_checkpoint
+    from runner.loaded import choose_sampling
+    from runner.opening import open_checkpoint
     from runner.text import Text
 
     checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))

@@ -4,8 +4,10 @@ Small files of a resharded checkpoint are compared with the manifest's digests. 
 the server is asked each time whether they are still the same. This file knows names; it must not know tensors.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from manifests.digest import sha256_hex
 from manifests.errors import IntegrityError, ManifestError, RemoteError
 from manifests.folder import Cut
 from manifests.http import Document, Facts, RemoteFile
+from manifests.readable import Readable, in_memory
 from manifests.remote import REQUESTS_AT_ONCE, RemoteFolder
 from manifests.safety import check_relative
 from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES
-from runner.cache_folder import SMALL, CacheFolder
+from runner.cache_folder import HEADERS, SMALL, CacheFolder
 
 _ASKED = "asked"
+DIGEST_BYTES = 32
+"""In front of a kept header: nothing else would tell that it is damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +107,13 @@ class CachedFolder:
             raise ManifestError(f"{self.where(name)}: larger than {max_bytes} bytes, which no such file needs")
         return found
 
-    def begin(self, name: str, size: int) -> tuple[bytes, int]:
-        """See `manifests.folder.Folder`; asked of the server."""
-        return self._reach(name).begin(name, size)
+    def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
+        """See `manifests.folder.Folder`; asked of the server, but for a header that is kept here."""
+        facts = self._facts.get(name)
+        header = None if facts is None else self._header(name)
+        if header is not None and facts is not None:
+            return nullcontext(in_memory(header, size=facts.size, what=self.where(name)))
+        return self._reach(name).open(name, first=first)
 
     def require(self, name: str) -> None:
         """See `manifests.folder.Folder`; nothing is asked, the file's own bytes will tell."""
@@ -123,6 +132,12 @@ class CachedFolder:
         check_relative(name, what=str(self))
         origin = self._reach(name)
         return RemoteFile(origin.web, urls.join(origin.url, name), self._facts.get(name))
+
+    def _header(self, name: str) -> bytes | None:
+        found = _kept(self.state / HEADERS / name)
+        if found is None or found[:DIGEST_BYTES] != hashlib.sha256(found[DIGEST_BYTES:]).digest():
+            return None
+        return found[DIGEST_BYTES:]
 
     def _reach(self, name: str) -> RemoteFolder:
         if self._origin is None:
@@ -170,6 +185,15 @@ class CachedFolder:
         if origin.files is not None and name not in origin.files:
             return None
         return origin.web.read(urls.join(origin.url, name), max_bytes=max_bytes, etag=etag)
+
+
+def keep_header(cache: CacheFolder, key: str, name: str, header: bytes) -> None:
+    """Keep the header of a file, which is read at every start and has what would be in small files.
+
+    Raises:
+        ResourceError: The cache has no room for it.
+    """
+    cache.put(cache.state(key) / HEADERS / name, hashlib.sha256(header).digest() + header)
 
 
 def _kept(path: Path) -> bytes | None:

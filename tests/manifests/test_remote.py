@@ -81,7 +81,7 @@ def test_the_commands_say_the_same(pair: tuple[str, Path], slash: str, program: 
 
 
 def test_headers_alone_are_read(server: FileServer, v3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_BYTES", 64)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 64)
     shards = {location.file for location in manifests.open(v3_folder).tensors()}
     server.asked.clear()
     manifests.open(f"{server.url}/plain")
@@ -124,7 +124,12 @@ def test_a_checkpoint_of_one_file_without_an_index(server: FileServer, v3_folder
 @pytest.mark.parametrize(
     ("path", "code", "says"),
     [
-        ("/nothing", 10, "/nothing: no manifest.json, no model.safetensors.index.json and no model.safetensors there"),
+        (
+            "/nothing",
+            10,
+            "/nothing: no manifest.json, no model.safetensors.index.json and no model.safetensors there; "
+            "of a GGUF model give the address of the file",
+        ),
         ("/plain/none.safetensors", 10, "/plain/none.safetensors: the server has no such file"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests import http, remote
+from manifests import http
 from manifests.paths import MANIFEST_NAME
 from manifests.schema import TensorEntry
 from tests.reshard.range_server import REPOSITORY, RangeServer, serving
@@ -24,7 +24,7 @@ EXPERT = "layers/2/experts/04.safetensors"
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(remote, "FIRST_BYTES", 8)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 8)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests import http, remote
+from manifests import http
 from manifests import hub as repositories
 from manifests.paths import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.schema import Selection
@@ -45,7 +45,7 @@ SMALL = {f"{module}.CHUNK_BYTES": 16_384 for module in CHUNKED} | {
     "reshard.transfer.LEAST_PART_BYTES": 100_000,
     "reshard.transfer.PART_SECONDS": 0.0,
     "reshard.fetching.SEGMENT_BYTES": 40_000,
-    "manifests.remote.FIRST_BYTES": 8,
+    "manifests.shards.FIRST_BYTES": 8,
     "manifests.http.FIRST_PAUSE_S": 0.001,
 }
 """A small checkpoint in as many segments, parts and chunks as a large one."""
@@ -160,7 +160,7 @@ def test_only_what_is_asked_for_is_fetched_and_nothing_twice(
     options: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_BYTES", 8)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 8)
     selection = Selection(
         layers=None if not options else (1,) if len(options) == 2 else (1, 2),
         experts=(0, 3) if len(options) == 4 else None,
@@ -393,7 +393,7 @@ def test_a_busy_server_is_waited_for_as_long_as_it_asks(
         return (503, {"Retry-After": "7"}) if name.endswith(".safetensors") and busy[name] == 2 else None
 
     server.fault = fault
-    monkeypatch.setattr(remote, "FIRST_BYTES", 8)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 8)
     assert program("reshard", "run", server.url, tmp_path / "out").code == 0
     assert waited.count(7.0) > 10
 
@@ -628,7 +628,7 @@ def test_what_is_for_folders_of_this_machine_says_so(server: RangeServer, tmp_pa
 def test_the_address_of_something_else(server: RangeServer, tmp_path: Path, program: Program) -> None:
     shard = sorted(server.root.glob("model-*.safetensors"))[0].name
     for url, code, said in (
-        (f"{server.url}/{shard}", 10, "is a file"),
+        (f"{server.url}/{shard}", 10, "is not a checkpoint; give the address of the folder"),
         (f"{server.url}/nothing", 10, "no manifest.json"),
         ("ftp://host/model", 10, "http, https and hf addresses"),
     ):

@@ -459,7 +459,7 @@ def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch:
     checkpoint = manifests.open(cases("v3", "mixed").gguf)
     entry = next(one for one in checkpoint.manifest.files[0].tensors if one.encoding == "Q4_0")
     object.__setattr__(entry, "logical_shape", (*entry.logical_shape[:-1], entry.logical_shape[-1] + 32))
-    monkeypatch.setattr("runner.loaded.open_model", lambda path: checkpoint)
+    monkeypatch.setattr("runner.opening.open_model", lambda path: checkpoint)
     with pytest.raises(IntegrityError, match=r"in Q4_0 and stored as U8 .* 18 bytes, so the checkpoint is damaged"):
         open_checkpoint(checkpoint.root)
 

@@ -375,7 +375,7 @@ def test_a_repository_of_the_hub(
 
     def resolve(text: str) -> hub.Repository:
         asked.append(text)
-        return hub.Repository(name=text, url=server.url, commit="c0", authorization=None, files=listed)
+        return hub.Repository(name=text, url=server.url, file=None, commit="c0", authorization=None, files=listed)
 
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr(hub, "is_offline", lambda _: False)
