@@ -71,8 +71,7 @@ def read_file(folder: Folder, name: str) -> GgufModel:
         RemoteError: Its server cannot be reached, or does not do what is asked.
     """
     header = _read(folder, name)
-    count = header.metadata.get("split.count", 1)
-    return _describe(folder, {name: header}, what=folder.where(name), is_whole=count in (_MERGED, 1))
+    return _describe(folder, {name: header}, what=folder.where(name), is_whole=_is_whole(header))
 
 
 def set_names(name: str) -> list[str]:
@@ -91,15 +90,15 @@ def read_set(folder: Folder, name: str, watch: Watch | None = None) -> GgufModel
         ManifestError: See `read_folder`; or it is of a set, and has not the name of such a file.
         RemoteError: See `read_file`.
     """
-    model = read_file(folder, name)
-    if model.auxiliary:  # which one file of a set has not
-        return model
+    header = _read(folder, name)
+    if _is_whole(header):
+        return _describe(folder, {name: header}, what=folder.where(name), is_whole=True)
     if set_names(name) == [name]:
         raise ManifestError(
             f"{folder.where(name)}: is one file of a split model, and its name does not say which the others are; "
             "give all of them their own names again, such as NAME-00001-of-00003.gguf"
         )
-    return read_folder(folder, names_there(folder, name), watch=watch)
+    return _read_parts(folder, names_there(folder, name), {name: header}, watch)
 
 
 def read_set_or_file(folder: Folder, name: str) -> GgufModel:
@@ -144,13 +143,21 @@ def read_folder(
         ManifestError: A file is not what the format allows, or the files are not of one set.
         RemoteError: See `read_file`.
     """
-    absent = absent or {}
-    parts = _order_parts(folder, sorted({*names, *absent}))
+    known = {
+        name: parse_gguf(header.raw, file_bytes=header.file_bytes, what=f"saved header of {name}")
+        for name, header in (absent or {}).items()
+    }
+    return _read_parts(folder, names, known, watch)
+
+
+def _read_parts(
+    folder: Folder, names: Sequence[str], known: Mapping[str, GgufHeader], watch: Watch | None
+) -> GgufModel:
+    """As `read_folder`, with headers that were read before."""
+    parts = _order_parts(folder, sorted({*names, *known}))
 
     def read(name: str) -> GgufHeader:
-        if (known := absent.get(name)) is not None:
-            return parse_gguf(known.raw, file_bytes=known.file_bytes, what=f"saved header of {name}")
-        return _read(folder, name)
+        return known.get(name) or _read(folder, name)
 
     headers: dict[str, GgufHeader] = {}
     with closing(each(read, parts, at_once=folder.at_once)) as found:
@@ -201,6 +208,10 @@ def with_gaps(folder: Folder, name: str, header: Header) -> Header:
 def _read(folder: Folder, name: str) -> GgufHeader:
     with folder.open(name, first=READ_BYTES) as file:
         return gguf_of(file)
+
+
+def _is_whole(header: GgufHeader) -> bool:
+    return header.metadata.get("split.count", 1) in (_MERGED, 1)
 
 
 def _require_whole(where: str, header: GgufHeader) -> None:

@@ -51,8 +51,8 @@ def reshard() -> None:
       reshard run     DeepSeek-V3 DeepSeek-V3-experts
       reshard restore DeepSeek-V3-experts --check
 
-    Tensor bytes never change. SRC is a folder with shards and config.json as published, or its
-    address, or a GGUF file.
+    Tensor bytes never change. SRC is a folder with shards and config.json as published, or a GGUF file, or the
+    address of one of these.
     """
 
 

@@ -76,6 +76,7 @@ class CachedFolder:
         self._facts = facts
         self._documents = {document.path: document for document in manifest.documents}
         self._is_in_place = manifest.layout != "resharded"
+        self._asked: set[str] = set()
 
     def __str__(self) -> str:
         return self._name
@@ -166,11 +167,13 @@ class CachedFolder:
         path, note = self.state / SMALL / name, self.state / _ASKED / f"{name}.json"
         asked, kept = _read_note(note), _kept(path)
         is_known = asked is not None and (kept is not None or not asked.is_there)
-        # What belongs to a commit stays what it is.
-        if is_known and (self.offline is not None or self._origin is None or self._origin.files is not None):
+        # What belongs to a commit stays what it is; anything else is asked for once in a run.
+        is_settled = self._origin is None or self._origin.files is not None or name in self._asked
+        if is_known and (self.offline is not None or is_settled):
             return kept if asked is not None and asked.is_there else None
         etag = asked.etag if asked is not None and kept is not None and asked.is_there else None
         found = self._ask(name, max_bytes, etag)
+        self._asked.add(name)
         if found is None and etag is not None:
             return kept
         if found is not None:
