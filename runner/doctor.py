@@ -210,7 +210,7 @@ def _examine_model(
         return facts, None
     # These need the packages that were just looked for.
     from runner.loaded import choose_sampling
-    from runner.opening import open_checkpoint
+    from runner.opening import config_of, open_checkpoint
     from runner.text import Text
 
     checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))
@@ -224,7 +224,7 @@ def _examine_model(
         files=len(checkpoint.manifest.files),
         file_bytes=sum(file.size for file in checkpoint.manifest.files),
     )
-    config = found.attempt("config", lambda: ModelConfig.from_dict(checkpoint.config))
+    config = found.attempt("config", lambda: config_of(checkpoint))
     if isinstance(checkpoint.folder, LocalFolder):
         found.attempt("files", lambda: _check_files(checkpoint))
     else:

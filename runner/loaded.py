@@ -25,7 +25,7 @@ from runner.expected import head_of
 from runner.model import Model
 from runner.mtp import MtpModule
 from runner.mtp_parts import MtpParts
-from runner.opening import open_checkpoint
+from runner.opening import config_of, open_checkpoint
 from runner.pace import Pace
 from runner.policy import Key
 from runner.remote_folder import CachedFolder
@@ -159,7 +159,7 @@ class LoadedModel:
                 f"{checkpoint.folder}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
                 "without its scales it has no value, download the checkpoint again"
             )
-        config = ModelConfig.from_dict(checkpoint.config)
+        config = config_of(checkpoint)
         self._checkpoint = checkpoint
         self.name = str(checkpoint.folder)
         self.contents = contents = Contents(checkpoint)

@@ -7,11 +7,12 @@ from typing import NoReturn
 
 import manifests
 from manifests import gguf_files, urls
-from manifests.errors import SourceNotFoundError, UnsupportedModelError
+from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
 from manifests.inventory import open_model
 from manifests.schema import PLAIN
 from runner import demo, kernels, quantised
+from runner.config import ModelConfig
 from runner.remote_checkpoint import open_cached
 
 
@@ -42,6 +43,23 @@ def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> m
         raise UnsupportedModelError(f"{checkpoint.folder}: {faults[0]}")
     _check_encodings(checkpoint)
     return checkpoint
+
+
+def config_of(checkpoint: manifests.Checkpoint) -> ModelConfig:
+    """What a checkpoint says about its model, checked; of a GGUF file it is made from the metadata.
+
+    Raises:
+        ManifestError: A value is missing or impossible.
+        UnsupportedModelError: It asks for something that is not implemented.
+    """
+    try:
+        return ModelConfig.from_dict(checkpoint.config)
+    except (ManifestError, UnsupportedModelError) as error:
+        first = checkpoint.manifest.files[0].path
+        if not first.endswith(gguf_files.SUFFIX):
+            raise
+        # There is no config.json that somebody could look at.
+        raise type(error)(f"{checkpoint.folder.where(first)}: as its metadata has it, {error}") from error
 
 
 def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -> NoReturn:

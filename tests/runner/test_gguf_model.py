@@ -48,7 +48,7 @@ from runner.model import Model
 from runner.parameters import Parameters
 from runner.sizes import measure, routed_experts
 from runner.weights import WeightStore
-from tests.gguf_files import Kinds, write_model
+from tests.gguf_files import Kinds, write_gguf, write_model
 
 IDS = torch.randint(288, (19,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -523,3 +523,9 @@ def test_commands_take_the_file(cases: Cases, call: Callable[..., Result], tmp_p
         found = json.loads(call("doctor", "-m", path, "--json").stdout)
         assert {problem["topic"] for problem in found["problems"]} == {"tokenizer"}
         assert found["forecast"]["budget"]["dense_bytes"] > 0
+
+
+def test_what_the_metadata_lacks_is_said_of_the_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", change={"rope.freq_base": None})
+    with pytest.raises(ManifestError, match=r"^.*x\.gguf: as its metadata has it, config\.json lacks rope_theta"):
+        LoadedModel(tmp_path / "x.gguf")
