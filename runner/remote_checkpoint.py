@@ -88,18 +88,23 @@ def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
         if last is None:
             raise
         state, offline = last, str(error)
+    files = [file.path for file in state.manifest.files]
+    shown = text.rstrip("/") if urls.is_hub(text) else urls.shown(name)
     folder = CachedFolder(
         cache,
         state.key,
         state.manifest,
-        name=text if urls.is_hub(text) else urls.shown(name),
+        name=shown.rpartition("/")[0] if urls.last_part(name) in files else shown,
         origin=origin,
         offline=offline,
         facts=state.facts,
     )
     if _is_gguf(state.manifest):
-        names = [file.path for file in state.manifest.files]
-        return gguf_files.open_gguf(folder, gguf_files.read_folder(folder, names))
+        model = gguf_files.read_folder(folder, files)
+        for file, header in model.shards.items():
+            # Again where one was damaged, and came from the server now.
+            keep_header(cache, state.key, file, header.raw)
+        return gguf_files.open_gguf(folder, model)
     return Checkpoint(folder, state.manifest)
 
 

@@ -25,7 +25,7 @@ from manifests.storage import MAX_MANIFEST_BYTES
 from runner.cache_folder import HEADERS, SMALL, CacheFolder
 
 _ASKED = "asked"
-DIGEST_BYTES = 32
+_DIGEST_BYTES = 32
 """In front of a kept header: nothing else would tell that it is damaged."""
 
 
@@ -111,7 +111,7 @@ class CachedFolder:
     def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `manifests.folder.Folder`; asked of the server, but for a header that is kept here."""
         facts = self._facts.get(name)
-        header = None if facts is None else self._header(name)
+        header = None if facts is None else _read_header(self.state / HEADERS / name)
         if header is not None and facts is not None:
             return nullcontext(in_memory(header, size=facts.size, what=self.where(name)))
         return self._reach(name).open(name, first=first)
@@ -133,12 +133,6 @@ class CachedFolder:
         check_relative(name, what=str(self))
         origin = self._reach(name)
         return RemoteFile(origin.web, urls.join(origin.url, name), self._facts.get(name))
-
-    def _header(self, name: str) -> bytes | None:
-        found = _kept(self.state / HEADERS / name)
-        if found is None or found[:DIGEST_BYTES] != hashlib.sha256(found[DIGEST_BYTES:]).digest():
-            return None
-        return found[DIGEST_BYTES:]
 
     def _reach(self, name: str) -> RemoteFolder:
         if self._origin is None:
@@ -191,12 +185,21 @@ class CachedFolder:
 
 
 def keep_header(cache: CacheFolder, key: str, name: str, header: bytes) -> None:
-    """Keep the header of a file, which is read at every start and has what would be in small files.
+    """Keep the header of a file of a state: it is read at every start and has what would be in small files.
 
     Raises:
         ResourceError: The cache has no room for it.
     """
-    cache.put(cache.state(key) / HEADERS / name, hashlib.sha256(header).digest() + header)
+    path = cache.state(key) / HEADERS / name
+    if _read_header(path) != header:
+        cache.put(path, hashlib.sha256(header).digest() + header)
+
+
+def _read_header(path: Path) -> bytes | None:
+    found = _kept(path)
+    if found is None or found[:_DIGEST_BYTES] != hashlib.sha256(found[_DIGEST_BYTES:]).digest():
+        return None
+    return found[_DIGEST_BYTES:]
 
 
 def _kept(path: Path) -> bytes | None:
