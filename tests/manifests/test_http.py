@@ -258,6 +258,16 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Web().file(f"{url}/a").read(0, 10)
 
 
+def test_a_server_that_goes_away_and_comes_back(server: FileServer) -> None:
+    remote = file(server)
+    assert remote.read(0, 10) == CONTENT[:10]
+    server.stop()
+    with pytest.raises(RemoteError, match=r"/a: its server cannot be reached, 6 times in a row"):
+        remote.read(10, 20)
+    server.start()
+    assert remote.read(10, 20) == CONTENT[10:20]
+
+
 def test_a_silent_server(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "SILENCE_S", 0.05)
     monkeypatch.setattr(http, "FIRST_TRIES", 2)
