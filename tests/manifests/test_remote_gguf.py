@@ -93,7 +93,7 @@ def test_any_file_of_a_set_stands_for_it(server: FileServer, folder: Path, numbe
         assert described(found) == expected
         assert found.folder.where(names[1]) == f"{server.url}/set/{names[1]}"
     # The header that was read to see what it is one of is not read again.
-    spans = server.spans[f"set/{names[1]}"]
+    spans = server.spans[f"set/{names[number]}"]
     assert len(set(spans)) == len(spans)
 
 

@@ -78,13 +78,18 @@ def test_logits_and_ids_are_those_from_disk(server: FileServer, models: Path, ki
     url = f"{server.url}/{kind}/{names[-1]}"
     expected = logits(models / kind / names[0])
     assert expected.std() > 1
-    assert torch.equal(logits(url), expected)
+    loaded = LoadedModel(url, ctx=64)
+    assert loaded.name == f"{server.url}/{kind}"
+    assert torch.equal(loaded.logits(IDS), expected)
+    spans = server.spans[f"{kind}/{names[0]}"]
+    assert len(set(spans)) == len(spans), "its header was fetched twice"
     text = "def quicksort(values):"
     assert LoadedModel(url).text.encode(text) == LoadedModel(models / kind / names[0]).text.encode(text)
     # Whichever file of the set it is named by, and however often: nothing is fetched but to ask whether it is the same.
     server.forget()
     assert torch.equal(logits(url), expected)
     assert server.sent(".gguf") == len(names)
+    assert not [asked.path for asked in server.asked if "index" in asked.path]
 
 
 def test_experts_that_nobody_chose_are_not_fetched(server: FileServer, models: Path) -> None:
