@@ -19,6 +19,7 @@ from reshard.earlier import (
     require_same_source,
     require_same_task,
 )
+from reshard.finished import require_whole
 from reshard.forecast import missing_inodes, needed_inodes
 from reshard.plan import Plan
 from reshard.resume import require_sources
@@ -59,7 +60,7 @@ def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, desti
     Raises:
         ManifestError: The interrupted run there had another source or selection.
         ToolkitError: A checkpoint there was made from another source, or is packed.
-        IntegrityError: What a freed shard gave is not there any more.
+        IntegrityError: What a freed shard gave is not there any more, or a file of a finished checkpoint.
     """
     if destination is None or (earlier.journal is None and earlier.manifest is None):
         return _count(source, plan, Durable(), "new")
@@ -72,6 +73,7 @@ def find_remaining(source: SourceCheckpoint, plan: Plan, earlier: Earlier, desti
         require_same_source(_sampled(earlier, plan), source, plan, destination)
         require_same_documents(earlier, source, destination)
         if earlier.widen(plan.selection) == earlier.manifest.selection:
+            require_whole(earlier.manifest, destination)
             return Remaining(state="complete", kept_bytes=plan.payload_bytes)
         require_plain(earlier.manifest, destination)
     durable = _believed(source, plan, earlier.durable, destination)

@@ -40,6 +40,7 @@ from reshard.earlier import (
     require_same_task,
     require_taken_bytes,
 )
+from reshard.finished import require_right, require_whole
 from reshard.forecast import made_paths, needed_inodes
 from reshard.journal import CONSUMES, Journal, end_journal
 from reshard.lock import lock_folder
@@ -302,6 +303,9 @@ class _Run:
             require_same_documents(earlier, self._source, self._destination)
             wider = earlier.widen(self._plan.selection)
             if wider == earlier.manifest.selection:
+                require_whole(earlier.manifest, self._destination)
+                if self._paranoid:
+                    require_right(earlier.manifest, self._destination, jobs=self._jobs, progress=self._progress)
                 return True
             require_plain(earlier.manifest, self._destination)
             if wider != self._plan.selection:

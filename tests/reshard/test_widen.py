@@ -329,6 +329,33 @@ def test_a_damaged_file_of_the_old_is_made_again(
     assert tree(reshard_folder(v2_folder, out)) == tree(v2_resharded)
 
 
+def test_a_finished_checkpoint_that_is_damaged_is_not_said_to_be_there(
+    v2_folder: Path, tmp_path: Path, program: Any
+) -> None:
+    """Sizes are looked at, and with --paranoid all bytes; `repair` mends it, and then it is."""
+    out = tmp_path / "out"
+    assert program("reshard", "run", v2_folder, out).code == 0
+    expert, small = out / "layers/1/dense.safetensors", out / "generation_config.json"
+    raw = expert.read_bytes()
+    for change, said in (
+        (expert.unlink, "is missing"),
+        (lambda: expert.write_bytes(raw[:-1]), f"has {len(raw) - 1} bytes, the manifest says {len(raw)}"),
+    ):
+        change()
+        for command in (["plan"], ["run"], ["run", "--paranoid"]):
+            refused = program("reshard", *command, v2_folder, out)
+            assert refused.code == 13
+            assert f"{expert}: {said}; `reshard repair DST --from SRC` brings back" in refused.err
+    expert.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert "was there already" in program("reshard", "run", v2_folder, out).out
+    refused = program("reshard", "run", v2_folder, out, "--paranoid")
+    assert (refused.code, f"{expert}: its bytes are damaged; `reshard repair" in refused.err) == (13, True)
+    assert program("reshard", "repair", out, "--from", v2_folder).code == 0
+    assert program("reshard", "run", v2_folder, out, "--paranoid").code == 0
+    small.unlink()
+    assert f"{small}: is missing" in program("reshard", "run", v2_folder, out).err
+
+
 @pytest.mark.parametrize("shards", [None, 0, 1, 2])
 def test_a_widening_that_consumes(
     shards: int | None, v2_copy: Path, v2_folder: Path, v2_resharded: Path, tmp_path: Path, reshard_folder: Reshard,
