@@ -56,8 +56,12 @@ class Place(Protocol):
     def sha256(self, name: str) -> str | None:
         """What the place itself says that the sha256 of a file is; None when it does not."""
 
-    def file(self, name: str) -> Readable:
+    def file(self, name: str, stop: StopFlag | None = None) -> Readable:
         """A file, to be read here and there.
+
+        Args:
+            name: Its relative path.
+            stop: Ends the waiting for bytes that do not come.
 
         Raises:
             ManifestError, SourceNotFoundError: See `manifests.safety.resolve_inside`.
@@ -128,7 +132,7 @@ class LocalPlace:
         """See `Place`; nothing is known but by reading it."""
         return None
 
-    def file(self, name: str) -> LocalFile:
+    def file(self, name: str, stop: StopFlag | None = None) -> LocalFile:
         """See `Place`."""
         return LocalFile(resolve_inside(self._root, name))
 
