@@ -141,7 +141,7 @@ def read_source(
 
 
 def _read_remote(folder: RemoteFolder, watch: Watch | None) -> SourceCheckpoint:
-    if folder.url.endswith((SUFFIX, gguf_files.SUFFIX)):
+    if urls.last_part(folder.url).endswith((SUFFIX, gguf_files.SUFFIX)):
         raise SourceNotFoundError(f"{folder}: is a file; give the address of the folder that holds the shards")
     if folder.size(MANIFEST_NAME) is not None:
         raise ManifestError(f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; download its files")

@@ -53,10 +53,12 @@ class WebPlace:
 
     def size(self, name: str) -> int:
         """See `Place`."""
-        size = self._folder.size(name)
-        if size is None:
+        if self._folder.files is None:
+            return self._folder.file(name).facts.size
+        listed = self._folder.files.get(name)
+        if listed is None:
             raise SourceNotFoundError(f"{self.where(name)}: the server has no such file")
-        return size
+        return listed.size
 
     def hole_bytes(self, name: str) -> int:
         """See `Place`; they arrive as zeros."""

@@ -54,6 +54,7 @@ def test_exit_codes() -> None:
         "IncompleteError": 3,
         "RemoteError": 1,
         "SourceNotFoundError": 10,
+        "ForbiddenError": 10,
         "LockedError": 11,
         "ManifestError": 12,
         "IntegrityError": 13,
