@@ -100,13 +100,13 @@ def test_encodings_that_change_nothing(server: FileServer, encoding: str) -> Non
     assert file(server).read(5, 10) == CONTENT[5:10]
 
 
-def test_the_same_state_by_a_weak_name(server: FileServer) -> None:
+@pytest.mark.parametrize("names", [('"x"', 'W/"x"'), ('W/"x"', '"x"')])
+def test_the_same_state_by_a_weak_name(server: FileServer, names: tuple[str, str]) -> None:
+    """What packs on the way weakens a name; so one backend may, and another may not."""
     remote = file(server)
-    remote.read(0, 10)
-    server.instead = lambda asked, right: Answer(
-        206, right.headers | {"ETag": "W/" + right.headers["ETag"]}, right.body
-    )
-    assert remote.read(10, 20) == CONTENT[10:20]
+    for name in names:
+        server.instead = lambda asked, right, name=name: Answer(206, right.headers | {"ETag": name}, right.body)  # type: ignore[misc]
+        assert remote.read(10, 20) == CONTENT[10:20]
     server.instead = lambda asked, right: Answer(206, right.headers | {"ETag": 'W/"other"'}, right.body)
     with pytest.raises(IntegrityError, match="changed"):
         remote.read(20, 30)
