@@ -5,7 +5,7 @@ as freeing its files, needs the path of it. A folder on a server is `reshard.web
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,7 +78,7 @@ class Place(Protocol):
         """How many of so many shards are read at the same time when so many jobs are allowed."""
 
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> AbstractContextManager[Readable]:
         """A shard while it is read front to back: it must be the file that was planned from, and stay it.
 
@@ -86,7 +86,7 @@ class Place(Protocol):
             name: The shard.
             header: As it was planned from.
             ranges: What will be read of it, in order. Nothing else may be asked of the file that is given.
-            connections: How many there may be to a server.
+            connections: Tells how many there may be to a server: more when no other shard needs them any more.
             stop: Ends the waiting for bytes that do not come.
 
         Raises:
@@ -150,7 +150,7 @@ class LocalPlace:
 
     @contextmanager
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> Iterator[Readable]:
         """See `Place`."""
         file = self.file(name)

@@ -3,7 +3,7 @@
 See `reshard.places` for what is asked of it. This file knows files and ranges; it must not know tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ class WebPlace:
 
     @contextmanager
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> Iterator["_Open"]:
         """See `Place`. That it stays what it was is seen in every answer of the server."""
         file = self._folder.file(name)
@@ -141,7 +141,7 @@ class WebReader:
         """
         if self._fetching is None or self._due != (begin, end):
             self.close()
-            self._fetching = FetchingReader(self._file, [(begin, end)], connections=1, stop=self._stop)
+            self._fetching = FetchingReader(self._file, [(begin, end)], connections=lambda: 1, stop=self._stop)
         data, is_hole = self._fetching.read(buffer, begin, end)
         self._due = begin + len(data), end
         if self._size is not None and self._file.facts.size != self._size:
