@@ -7,7 +7,7 @@ import logging
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +15,7 @@ from manifests import answers, http
 from manifests.errors import ForbiddenError, IntegrityError, RemoteError
 from manifests.http import RemoteFile, Web
 from tests.file_server import Answer, Asked, FileServer, serve
+from tests.wrong_answers import once
 
 CONTENT = random.Random(2).randbytes(50_000)
 
@@ -32,16 +33,6 @@ def server() -> Iterator[FileServer]:
 
 def file(server: FileServer, path: str = "/a") -> RemoteFile:
     return Web().file(server.url + path)
-
-
-def first(answer: Callable[[Asked, Answer], Answer], times: int = 1) -> Callable[[Asked, Answer], Answer | None]:
-    left = [times]
-
-    def instead(asked: Asked, right: Answer) -> Answer | None:
-        left[0] -= 1
-        return answer(asked, right) if left[0] >= 0 else None
-
-    return instead
 
 
 @pytest.mark.parametrize(
@@ -80,7 +71,7 @@ def test_a_web_page_in_place_of_a_file_is_called_one(server: FileServer) -> None
 
 @pytest.mark.parametrize("status", [520, 521, 522, 524, 529, 530, 509, 599])
 def test_a_delivery_network_whose_origin_is_away_is_asked_again(server: FileServer, status: int) -> None:
-    server.instead = first(lambda asked, right: Answer(status, {}, b"<html>"), times=4)
+    server.instead = once(lambda asked, right: Answer(status, {}, b"<html>"), times=4)
     assert file(server).read(0, 10) == CONTENT[:10]
 
 
@@ -147,7 +138,7 @@ def test_a_redirect_to_a_server_that_died_is_asked_for_again(server: FileServer)
 def test_a_redirect_may_be_relative_and_in_any_letters(server: FileServer) -> None:
     server.files["/b/näme 1"] = CONTENT
     for location in ("b/näme 1".encode().decode("latin-1"), "b/n%C3%A4me%201", "../b/./n%c3%a4me 1?x#y"):
-        server.instead = first(lambda asked, right, location=location: Answer(301, {"Location": location}))  # type: ignore[misc]
+        server.instead = once(lambda asked, right, location=location: Answer(301, {"Location": location}))  # type: ignore[misc]
         assert file(server).read(0, 10) == CONTENT[:10]
 
 
@@ -178,7 +169,7 @@ def test_who_waits_is_told_once_for_all(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(http.time, "sleep", lambda _: None)
-    server.instead = first(lambda asked, right: Answer(429, {"Retry-After": "30"}), times=16)
+    server.instead = once(lambda asked, right: Answer(429, {"Retry-After": "30"}), times=16)
     web = Web()
     threads = [threading.Thread(target=web.file(f"{server.url}/a?sig=secret").read, args=(0, 10)) for _ in range(16)]
     for thread in threads:
@@ -191,7 +182,7 @@ def test_who_waits_is_told_once_for_all(
 
 
 def test_short_pauses_are_not_worth_a_word(server: FileServer, caplog: pytest.LogCaptureFixture) -> None:
-    server.instead = first(lambda asked, right: Answer(503), times=4)
+    server.instead = once(lambda asked, right: Answer(503), times=4)
     file(server).read(0, 10)
     assert not [record for record in caplog.records if record.name == "manifests.http"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from manifests.paths import TEMP_SUFFIX
-from tests.file_server import Answer, Asked, FileServer, serve
+from tests.file_server import Answer, Asked, FileServer, no_fault, serve
 
 PATIENCE_S = 8.0
 """On a busy machine; a silent server is waited for much longer."""
@@ -27,21 +27,15 @@ getattr(importlib.import_module(f"{name}.cli"), name).main(sys.argv[2:], prog_na
 """
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        f"/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def _shards(v3_folder: Path) -> Iterator[FileServer]:
-    with serve(contents(v3_folder)) as server:
+    with serve(v3_folder) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def _copy(v3_resharded: Path) -> Iterator[FileServer]:
-    with serve(contents(v3_resharded)) as server:
+    with serve(v3_resharded) as server:
         yield server
 
 
@@ -111,7 +105,7 @@ def test_an_interrupt_ends_it(
         finally:
             go_on.set()
             process.kill()
-            server.instead = lambda asked, right: None
+            server.instead = no_fault
     assert process.returncode == 130
     assert err.splitlines()[-1] == f"{arguments[0]}: interrupted"
     assert err.count("asked again in 100 s") == (how == "asks to wait")

@@ -33,7 +33,6 @@ def test_the_last_shard_has_all_connections(
         for layer, count in enumerate([30] * (shards - 1) + [90])
     ]
     folder = write_shards(tmp_path / "source", tensors)
-    files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
     lock, under_way, most, together = threading.Lock(), Counter[str](), Counter[str](), 0
 
     def slow(asked: Asked, right: Answer) -> None:
@@ -48,7 +47,7 @@ def test_the_last_shard_has_all_connections(
         with lock:
             under_way[asked.path] -= 1
 
-    with serve(files) as server:
+    with serve(folder) as server:
         server.instead = slow
         assert program("reshard", "run", server.url, tmp_path / "out", "--jobs", JOBS).code == 0
     counts = sorted(most.values())
