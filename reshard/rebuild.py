@@ -30,7 +30,7 @@ from reshard.documents import write_index
 from reshard.generated import config_document
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
-from reshard.readable import LocalFile, PackedFile, Readable, read_blocks
+from reshard.readable import LocalFile, PackedElsewhere, PackedFile, Readable, read_blocks
 from reshard.saved import find_origins, read_document
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import Damage, checks_of
@@ -252,6 +252,10 @@ class Rebuilder:
         return location
 
     @cached_property
+    def _stored_sizes(self) -> Mapping[str, int]:
+        return {file.path: file.size for file in self._source.manifest.files}
+
+    @cached_property
     def _origins(self) -> Mapping[str, str]:
         return find_origins(self._checkpoint)
 
@@ -282,10 +286,7 @@ class Rebuilder:
         if stored.codec == "none":
             return self._place.file(name, stop)
         if self._place.root is None:
-            raise ToolkitError(
-                f"{self._place.where(name)}: is packed, and is unpacked from this machine's disks alone; give a copy "
-                "that is not packed, or download this one"
-            )
+            return PackedElsewhere(self._place.file(name, stop), self._stored_sizes[name], stored.unpacked_size)
         return _local_file(self._place.root, stored)
 
     def _copy(self, name: str, path: str, sha256: str | None, progress: Progress, stop: StopFlag) -> None:
