@@ -13,7 +13,7 @@ from manifests.errors import (
     IntegrityError,
     ResourceError,
 )
-from reshard import archive, blocks
+from reshard import archive, blocks, readable
 from reshard.packing import pack
 from reshard.progress import Progress
 from reshard.restore import check
