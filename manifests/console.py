@@ -5,12 +5,14 @@ stdout is data, stderr is talk. This file knows click and the error tree, and no
 
 import errno
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -19,12 +21,24 @@ import click
 from manifests.errors import ResourceError, ToolkitError
 
 EXIT_INTERRUPTED = 130
+_LOGGER = logging.getLogger("manifests")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Stopped(KeyboardInterrupt):
     """A service manager's stop or a lost terminal: an interrupt, but nobody is there to go on after it."""
+
+
+class _Notes(logging.Handler):
+    """What is said while work goes on, such as that a server is waited for: a line on stderr, over a bar there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line. Nobody's work ends because it cannot be written."""
+        with suppress(OSError):
+            # The bar is drawn again on the next line.
+            wiped = "\r\x1b[K" if sys.stderr is not None and sys.stderr.isatty() else ""
+            click.echo(f"{wiped}note: {printable(record.getMessage())}", err=True)
 
 
 class Group(click.Group):
@@ -45,6 +59,7 @@ class Group(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         name = self.name or "program"
+        _show_notes()
         if threading.current_thread() is threading.main_thread():
             # Both are interrupts like Ctrl-C: what is half-made is removed on the way out. One that was told to be
             # ignored (nohup) stays ignored.
@@ -70,7 +85,8 @@ class Group(click.Group):
         except ToolkitError as error:
             if _is_debugging(name):
                 raise
-            click.echo(f"{name}: {error}", err=True)
+            # A server's words may be in it.
+            click.echo(printable(f"{name}: {error}"), err=True)
             sys.exit(error.exit_code)
         except OSError as error:
             # A failing disk, a permission, a limit: met where nobody had a better sentence for it.
@@ -80,6 +96,12 @@ class Group(click.Group):
             _drop_broken_stdout()
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             sys.exit(ResourceError.exit_code if is_full else ToolkitError.exit_code)
+
+
+def _show_notes() -> None:
+    _LOGGER.setLevel(logging.WARNING)
+    if not any(isinstance(handler, _Notes) for handler in _LOGGER.handlers):
+        _LOGGER.addHandler(_Notes())
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -117,7 +139,15 @@ def json_option(function: F) -> F:
 
 def quiet_option(function: F) -> F:
     """``--quiet``: no progress and no remarks on stderr; errors remain."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks on stderr.")(function)
+
+    def hush(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
+        if quiet:
+            _LOGGER.setLevel(logging.ERROR)
+        return quiet
+
+    return click.option("-q", "--quiet", is_flag=True, callback=hush, help="No progress, no remarks on stderr.")(
+        function
+    )
 
 
 def print_json(document: Any) -> None:

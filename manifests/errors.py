@@ -30,6 +30,10 @@ class SourceNotFoundError(ToolkitError, FileNotFoundError):
         return str(self.args[0]) if self.args else ""
 
 
+class ForbiddenError(SourceNotFoundError):
+    """A server does not let a file be read; some say so of files that are not there."""
+
+
 class RemoteError(ToolkitError):
     """A server cannot be reached, or does not do what is asked; what was read of it is kept."""
 

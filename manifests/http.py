@@ -5,6 +5,7 @@ get better by waiting is refused in one sentence. Credentials go to the server t
 This file knows addresses and bytes; it must not know checkpoints. It needs the package urllib3.
 """
 
+import logging
 import random
 import re
 import threading
@@ -17,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from manifests import answers, urls
-from manifests.answers import ABSENT, FORBIDDEN, PassingError, explain, library, refuse
+from manifests.answers import ABSENT, EXPIRED, PassingError, explain, library, refuse
 from manifests.errors import IntegrityError, ManifestError, RemoteError
 
 if TYPE_CHECKING:
@@ -33,11 +34,16 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 300.0
 """A server that asks for more is not waited for."""
 
+TOLD_PAUSE_S = 3.0
+"""Whoever waits for longer is told why."""
+
 READ_BYTES = 512 << 10
 """Asked of a connection at once: memory for more costs more than the calls that it saves."""
 
 CONNECTIONS = 64
 _REDIRECTS = 5
+_NO_RANGES = "does not serve ranges of files (it ignores Range)"
+_logger = logging.getLogger(__name__)
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
 
 
@@ -60,7 +66,8 @@ class Facts:
         if self.size != other.size:
             return True
         if self.etag and other.etag:
-            return self.etag != other.etag
+            # A weak name is that of the same bytes, as far as the server knows: what packs on the way weakens it.
+            return self.etag.removeprefix("W/") != other.etag.removeprefix("W/")
         return None not in (self.modified, other.modified) and self.modified != other.modified
 
 
@@ -88,6 +95,7 @@ class Web:
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._answered: set[tuple[str, str, int]] = set()
+        self._told_until = 0.0
         self.requests = 0
         """Requests that were made so far."""
 
@@ -157,6 +165,17 @@ class Web:
         """Failures one behind the other that are borne."""
         return TRIES if urls.origin(url) in self._answered else FIRST_TRIES
 
+    def tell(self, url: str, failure: PassingError, pause_s: float) -> None:
+        """Say once for all who wait that a server is asked again later, if that is long enough to wonder."""
+        if pause_s + failure.waited_s < TOLD_PAUSE_S:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now < self._told_until:
+                return
+            self._told_until = now + max(pause_s, TOLD_PAUSE_S)
+        _logger.warning("%s: %s; it is asked again in %.0f s", urls.shown(url), failure, pause_s)
+
     def _manager(self, url: str) -> "urllib3.PoolManager":
         """The connections that lead there: by the proxy that the environment names, or direct."""
         parts = urlsplit(url)
@@ -165,11 +184,18 @@ class Web:
         with self._lock:
             if proxy not in self._managers:
                 timeout = self._library.Timeout(connect=answers.CONNECT_S, read=answers.SILENCE_S)
-                self._managers[proxy] = (
-                    self._library.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
-                    if proxy is None
-                    else self._library.ProxyManager(proxy, maxsize=CONNECTIONS, timeout=timeout)
-                )
+                if proxy is None:
+                    self._managers[proxy] = self._library.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
+                else:
+                    way = urls.proxy_of(proxy)
+                    own = {"Proxy-Authorization": way.authorization} if way.authorization else None
+                    try:
+                        self._managers[proxy] = self._library.ProxyManager(
+                            way.url, maxsize=CONNECTIONS, timeout=timeout, proxy_headers=own
+                        )
+                    except self._library.exceptions.HTTPError as error:
+                        says = "the proxy of the environment has an address that is no http"
+                        raise RemoteError(f"{urls.shown(url)}: {says}") from error
             return self._managers[proxy]
 
 
@@ -237,6 +263,10 @@ class RemoteFile:
         """The bytes from begin to end, one behind the other; they are asked for when the first are read."""
         return Stream(self, begin, end)
 
+    def forget_redirect(self) -> None:
+        """Begin with the file's own address again: it may lead to another server than the one that failed."""
+        self._location = self.url
+
     def ask(self, begin: int, end: int) -> "urllib3.BaseHTTPResponse":
         """The response with this range, or as much of it as the file has; its body not read.
 
@@ -248,9 +278,8 @@ class RemoteFile:
         asked = self._location
         response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
         try:
-            if asked != self.url and response.status in ABSENT | FORBIDDEN:
+            if asked != self.url and response.status in EXPIRED:
                 # What a redirect leads to is often signed for a while only.
-                self._location = self.url
                 raise PassingError("the redirected address is no longer valid", 0)
             self._location = location
             self._check(response, begin, end)
@@ -262,10 +291,19 @@ class RemoteFile:
     def _check(self, response: "urllib3.BaseHTTPResponse", begin: int, end: int) -> None:
         """Whether a response is the range that was asked for, of the file that was seen before."""
         refuse(response, self.url)
-        if response.status == 200:
-            raise RemoteError(f"{self.where}: the server does not serve ranges of files (it ignores Range)")
-        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.status not in (206, 416) or (found is None and response.status == 206):
+        named = response.headers.get("Content-Range", "")
+        is_empty = response.status == 200 and response.headers.get("Content-Length") == "0"
+        if begin == 0 and (is_empty or (response.status == 416 and not named)):
+            # Only an empty file has no first byte. Some servers send all of it, some do not say how much it is.
+            named = "bytes */0"
+        elif response.status == 200:
+            named = ""
+        found = _CONTENT_RANGE.fullmatch(named)
+        if response.status == 200 and found is None:
+            page = response.headers.get("Content-Type", "").lower().startswith("text/html")
+            what = "sends a web page in its place; it may want you to log in" if page else _NO_RANGES
+            raise RemoteError(f"{self.where}: the server {what}")
+        if response.status not in (200, 206, 416) or (found is None and response.status == 206):
             raise RemoteError(f"{self.where}: the server answers a range with status {response.status} and no range")
         if found is None:
             raise IntegrityError(f"{self.where}: ends before byte {end}; it changed on the server or was cut")
@@ -276,13 +314,13 @@ class RemoteFile:
             known = self._facts = self._facts or facts
         if known.differs(facts):
             raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again")
-        if response.status == 416:
+        if response.status == 416 or not known.size:
             if begin < known.size:
                 raise RemoteError(f"{self.where}: the server refuses bytes {begin} to {end} of {known.size}")
             return
         if (int(found[1] or -1), int(found[2] or -1) + 1) != (begin, min(end, known.size)):
             raise RemoteError(
-                f"{self.where}: the server was asked for bytes {begin} to {end} and sends {found[1]} to {found[2]}"
+                f"{self.where}: the server was asked for bytes {begin} to {end} and sends the range {named!r:.80}"
             )
 
 
@@ -380,6 +418,7 @@ class Stream:
                 self._drop()
                 raise
             self._drop()
+            self._file.forget_redirect()
             self._patience.bear(passing)
 
     def _drop(self) -> None:
@@ -412,14 +451,16 @@ class _Patience:
             raise RemoteError(
                 f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; run again later"
             ) from failure
+        if failure.pause_s == 0:
+            return
+        asked_s = failure.pause_s or 0.0
+        if asked_s > LONGEST_PAUSE_S:
+            raise RemoteError(
+                f"{urls.shown(self._url)}: {failure}, and asks to wait {asked_s:.0f} s; run again then"
+            ) from failure
         # Not all clients of a server that came back should ask it at once.
-        pause_s = FIRST_PAUSE_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25)
-        if failure.pause_s is not None:
-            if failure.pause_s > LONGEST_PAUSE_S:
-                raise RemoteError(
-                    f"{urls.shown(self._url)}: {failure}, and asks to wait {failure.pause_s:.0f} s; run again then"
-                ) from failure
-            pause_s = failure.pause_s
+        pause_s = max(asked_s, FIRST_PAUSE_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25))
+        self._web.tell(self._url, failure, pause_s)
         time.sleep(pause_s)
 
 
@@ -434,6 +475,8 @@ def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> by
 
 def _redirected(url: str, location: str) -> str:
     try:
+        # What is not ASCII in it is mostly UTF-8, which arrives here as Latin-1.
+        location = location.encode("latin-1").decode("utf-8", "replace")
         target = urljoin(url, location)
         scheme = urlsplit(target).scheme
     except ValueError as error:

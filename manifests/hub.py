@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
+from manifests import urls
+from manifests.answers import SILENCE_S
 from manifests.errors import RemoteError, SourceNotFoundError, ToolkitError
 from manifests.urls import HUB_SCHEME
 
@@ -68,7 +70,9 @@ def resolve(text: str) -> Repository:
     repository, revision, folder = _parse(text)
     token = library.get_token()
     try:
-        info = library.HfApi().model_info(repository, revision=revision, files_metadata=True, token=token or False)
+        info = library.HfApi().model_info(
+            repository, revision=revision, files_metadata=True, token=token or False, timeout=SILENCE_S
+        )
     except Exception as error:
         # The package passes on what its transport raises, which is of other classes in other versions.
         raise _refusal(text, library, error) from error
@@ -128,7 +132,9 @@ def _parse(text: str) -> tuple[str, str | None, str]:
     """Repository, revision and folder of an address."""
     match = _REPOSITORY.fullmatch(text.rstrip("/"))
     if match is None:
-        raise SourceNotFoundError(f"{text}: is no repository; write hf://organisation/name, with @revision if need be")
+        raise SourceNotFoundError(
+            f"{urls.shown(text)}: is no repository; write hf://organisation/name, with @revision if need be"
+        )
     revision = None if match["revision"] is None else unquote(match["revision"])
     return match["id"], revision, unquote(match["folder"] or "").strip("/")
 

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from manifests import gguf_files, hub, urls
 from manifests.checkpoint import Checkpoint
 from manifests.config import model_facts, read_config
-from manifests.errors import SourceNotFoundError
+from manifests.errors import ForbiddenError, SourceNotFoundError
 from manifests.folder import Cut
 from manifests.header import Header
-from manifests.http import RemoteFile, Web
+from manifests.http import Document, RemoteFile, Web
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
 from manifests.questions import Watch
@@ -41,6 +41,7 @@ class RemoteFolder:
         web: As given.
         url: As given.
         files: As given; None where nobody knows.
+        forbidden: Why the server did not let some file be read that need not be there.
     """
 
     at_once = REQUESTS_AT_ONCE
@@ -51,6 +52,7 @@ class RemoteFolder:
         self.web = web
         self.url = url
         self.files = files
+        self.forbidden: ForbiddenError | None = None
         self._name = name or urls.shown(url)
         self._files: dict[str, RemoteFile] = {}
         self._lock = threading.Lock()
@@ -81,16 +83,35 @@ class RemoteFolder:
             return None if listed is None else listed.size
         try:
             return self.file(name).facts.size
+        except ForbiddenError as error:
+            self.forbidden = error
+            return None
         except SourceNotFoundError:
             return None
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         """See `manifests.folder.Folder`."""
+        found = self.document(name, max_bytes=max_bytes)
+        return None if found is None else found.content
+
+    def document(
+        self, name: str, *, max_bytes: int, etag: str | None = None, tries: int | None = None
+    ) -> Document | None:
+        """A small file that need not be there, with the name of its state; see `manifests.http.Web.read`.
+
+        One that must not be seen counts as absent: stores that do not let their lists be read say so of what they do
+        not have. Whoever finds nothing else either says both; see `forbidden`.
+        """
         if self.files is not None and name not in self.files:
             return None
         check_relative(name, what=str(self))
-        found = self.web.read(urls.join(self.url, name), max_bytes=max_bytes)
-        return None if found is None else found.content
+        try:
+            return self.web.read(urls.join(self.url, name), max_bytes=max_bytes, etag=etag, tries=tries)
+        except ForbiddenError as error:
+            if self.files is not None or etag is not None:
+                raise
+            self.forbidden = error
+            return None
 
     def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `manifests.folder.Folder`."""
@@ -185,10 +206,10 @@ def read_indexed(folder: RemoteFolder, raw: bytes | None, watch: Watch | None = 
         try:
             return read_headers(folder, [SINGLE_NAME], watch)
         except SourceNotFoundError as error:
-            raise SourceNotFoundError(
-                f"{folder}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SINGLE_NAME} there; of a GGUF model give the "
-                "address of the file"
-            ) from error
+            where = f"{folder}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SINGLE_NAME} there"
+            if folder.forbidden is not None:
+                raise ForbiddenError(f"{where}, or you must not see them: {folder.forbidden}") from error
+            raise SourceNotFoundError(f"{where}; of a GGUF model give the address of the file") from error
     weight_map = parse_weight_map(raw, what=folder.where(INDEX_NAME))
     shards = read_headers(folder, source_order(weight_map.values()), watch)
     check_index(str(folder), weight_map, shards)

@@ -51,8 +51,7 @@ def parse(text: str) -> Address:
         raise SourceNotFoundError(f"{shown(text)}: cannot be read; {advice}")
     authorization = None
     if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        authorization = f"Basic {base64.b64encode(pair.encode()).decode('ascii')}"
+        authorization = _basic(parts.username, parts.password or "")
     host = parts.netloc.rpartition("@")[2]
     # Spaces and letters beyond ASCII may be typed; what is escaped already stays so.
     path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
@@ -80,8 +79,17 @@ def shown(url: str) -> str:
     """An address for messages, without password, signature or fragment."""
     parts = _split(url)
     if parts is None:
-        return repr(url[:60])
+        # Where its secret ends cannot be told.
+        return repr(url[:60]) if not {"@", "?", "#"} & set(url) else f"{url.partition('://')[0]!r:.20}://..."
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def proxy_of(text: str) -> Address:
+    """The address of a proxy as the environment names it, where many leave out the scheme."""
+    scheme, _, rest = (text if is_url(text) else f"http://{text}").partition("://")
+    userinfo, at, host = rest.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    return Address(url=f"{scheme}://{host}", authorization=_basic(user, password) if at else None)
 
 
 def last_part(url: str) -> str:
@@ -95,6 +103,11 @@ def parent(url: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0]))
 
 
+def _basic(user: str, password: str) -> str:
+    """The header for a user and password as they stand in an address."""
+    return f"Basic {base64.b64encode(f'{unquote(user)}:{unquote(password)}'.encode()).decode('ascii')}"
+
+
 def _split(text: str) -> SplitResult | None:
     """The parts of an address; None when it cannot be one."""
     try:
@@ -102,4 +115,6 @@ def _split(text: str) -> SplitResult | None:
         _ = parts.port  # refuses one that is no number
     except ValueError:
         return None
-    return None if any(c.isspace() and c != " " for c in text) or not text.isprintable() else parts
+    if "@" in parts.fragment or not text.isprintable():  # a # in a password ends the host
+        return None
+    return parts

@@ -6,7 +6,7 @@ and that by what such a thing can be, so a crafted frame or manifest cannot fill
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
@@ -93,24 +93,35 @@ def unpack_blocks(path: Path, *, size: int, stored: "_Hash | None" = None) -> It
         IntegrityError: Its frame is damaged, or unpacks to another size.
         ToolkitError: The disk reports an error.
     """
-    buffer = aligned_buffer(min(size, BLOCK_BYTES) or 1)
     with closing(Reader(path)) as reader:
-        source = _Stored(reader.blocks(0, path.stat().st_size), stored)
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-        stream = decompressor.stream_reader(cast(IO[bytes], source), read_size=BLOCK_BYTES)
-        try:
-            while size:
-                count = stream.readinto(buffer[:size])
-                if not count:
-                    raise IntegrityError(f"{path}: its zstd frame ends {size} bytes before the size in the manifest")
-                yield buffer[:count]
-                size -= count
-            # The checksum behind the last byte may be looked at only when one more is asked for; and nothing but the
-            # frame may be there.
-            if stream.readinto(bytearray(1)):
-                raise IntegrityError(f"{path}: unpacks to more bytes than the manifest says")
-        except zstandard.ZstdError as error:
-            raise IntegrityError(f"{path}: damaged zstd frame: {error}") from error
+        yield from unpack_stored(reader.blocks(0, path.stat().st_size), size=size, what=str(path), stored=stored)
+
+
+def unpack_stored(
+    blocks: Iterator[memoryview], *, size: int, what: str, stored: "_Hash | None" = None
+) -> Iterator[memoryview]:
+    """As `unpack_blocks`, with the bytes of a packed file from wherever it is.
+
+    Raises:
+        IntegrityError: See `unpack_blocks`.
+        Whatever the blocks raise.
+    """
+    buffer = aligned_buffer(min(size, BLOCK_BYTES) or 1)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    stream = decompressor.stream_reader(cast(IO[bytes], _Stored(blocks, stored)), read_size=BLOCK_BYTES)
+    try:
+        while size:
+            count = stream.readinto(buffer[:size])
+            if not count:
+                raise IntegrityError(f"{what}: its zstd frame ends {size} bytes before the size in the manifest")
+            yield buffer[:count]
+            size -= count
+        # The checksum behind the last byte may be looked at only when one more is asked for; and nothing but the
+        # frame may be there.
+        if stream.readinto(bytearray(1)):
+            raise IntegrityError(f"{what}: unpacks to more bytes than the manifest says")
+    except zstandard.ZstdError as error:
+        raise IntegrityError(f"{what}: damaged zstd frame: {error}") from error
 
 
 class UnpackingReader:
@@ -120,19 +131,24 @@ class UnpackingReader:
     read and kept until the file is closed.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, what: object, size: int, unpacked: Callable[[], Iterator[memoryview]]) -> None:
         """Open a file that unpacks to so many bytes.
+
+        Args:
+            what: Its name for messages.
+            size: The bytes.
+            unpacked: Gives them from the start.
 
         Raises:
             ResourceError: They are more than are ever unpacked into memory.
         """
         if size > MAX_EXPERT_BYTES:
             raise ResourceError(
-                f"{path}: unpacks to {size} bytes, and at most {MAX_EXPERT_BYTES} are unpacked into memory; "
+                f"{what}: unpacks to {size} bytes, and at most {MAX_EXPERT_BYTES} are unpacked into memory; "
                 "run `reshard unpack` on its checkpoint first"
             )
-        self._path = path
         self._size = size
+        self._unpacked = unpacked
         self._content: memoryview | None = None
 
     def close(self) -> None:
@@ -157,7 +173,7 @@ class UnpackingReader:
     def _unpack(self) -> memoryview:
         content = aligned_buffer(self._size)
         position = 0
-        for block in unpack_blocks(self._path, size=self._size):
+        for block in self._unpacked():
             content[position : position + len(block)] = block
             position += len(block)
         return content

@@ -170,7 +170,7 @@ def _read_rate(source: SourceCheckpoint, remaining: Remaining) -> float | None:
     begin, end = len(header.raw), header.file_bytes
     if end - begin < 2 * BLOCK_BYTES:
         return None
-    with source.place.reading(name, header, [(begin, end)], connections=REMOTE_JOBS, stop=StopFlag()) as file:
+    with source.place.reading(name, header, [(begin, end)], connections=lambda: REMOTE_JOBS, stop=StopFlag()) as file:
         return measure_arrival_rate(file, begin, end)
 
 

@@ -10,7 +10,7 @@ the window, so memory is the window, whatever the size of the file.
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -42,7 +42,7 @@ class FetchingReader:
     Args:
         file: The file.
         ranges: What will be read, in order.
-        connections: How many at the same time.
+        connections: Tells how many there may be at the same time; may rise.
         stop: Asked while nothing arrives.
 
     Raises:
@@ -50,13 +50,12 @@ class FetchingReader:
     """
 
     def __init__(
-        self, file: RemoteFile, ranges: Iterable[tuple[int, int]], *, connections: int, stop: StopFlag
+        self, file: RemoteFile, ranges: Iterable[tuple[int, int]], *, connections: Callable[[], int], stop: StopFlag
     ) -> None:
         self._file = file
         self._coming = _segments(ranges)
         self._stop = stop
         self._connections = connections
-        self._room = AHEAD * connections
         self._spare: list[memoryview] = []
         self._window: deque[_Segment] = deque()
         self._wanted: queue.SimpleQueue[_Segment | None] = queue.SimpleQueue()
@@ -94,11 +93,12 @@ class FetchingReader:
 
     def _ask(self) -> None:
         """Have segments fetched while there is room for them."""
-        while len(self._window) < self._room and (coming := next(self._coming, None)) is not None:
+        connections = self._connections()
+        while len(self._window) < AHEAD * connections and (coming := next(self._coming, None)) is not None:
             segment = _Segment(*coming, self._spare.pop() if self._spare else new_block())
             self._window.append(segment)
             self._wanted.put(segment)
-            if self._threads < self._connections:
+            if self._threads < connections:
                 # Not one that could be waited for: a server may be silent for a minute when the program is to end.
                 start(threading.Thread(target=self._fetch, daemon=True))
                 self._threads += 1

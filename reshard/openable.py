@@ -5,13 +5,15 @@ server (`reshard.web`) take the same form.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from manifests.errors import ToolkitError
-from reshard.archive import UnpackingReader
-from reshard.blocks import Reader, temporary_path
+from reshard.archive import UnpackingReader, unpack_blocks, unpack_stored
+from reshard.blocks import Reader, new_block, temporary_path
 
 
 class BlockReader(Protocol):
@@ -61,7 +63,30 @@ class PackedFile:
 
     def open(self) -> UnpackingReader:
         """See `Openable`."""
-        return UnpackingReader(self.path, self.unpacked_size)
+        return UnpackingReader(
+            self.path, self.unpacked_size, partial(unpack_blocks, self.path, size=self.unpacked_size)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedElsewhere:
+    """A compressed file that is not on this machine, with its own bytes and those that it unpacks to."""
+
+    file: Openable
+    size: int
+    unpacked_size: int
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def open(self) -> UnpackingReader:
+        """See `Openable`."""
+        return UnpackingReader(self.file, self.unpacked_size, self._unpacked)
+
+    def _unpacked(self) -> Iterator[memoryview]:
+        with closing(self.file.open()) as reader:
+            blocks = read_blocks(reader, new_block(), 0, self.size)
+            yield from unpack_stored(blocks, size=self.unpacked_size, what=str(self))
 
 
 @dataclass(frozen=True, slots=True)

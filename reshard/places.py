@@ -5,7 +5,7 @@ as freeing its files, needs the path of it. A folder on a server is `reshard.web
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,8 +58,12 @@ class Place(Protocol):
     def sha256(self, name: str) -> str | None:
         """What the place itself says that the sha256 of a file is; None when it does not."""
 
-    def file(self, name: str) -> Openable:
+    def file(self, name: str, stop: StopFlag | None = None) -> Openable:
         """A file, to be read here and there.
+
+        Args:
+            name: Its relative path.
+            stop: Ends the waiting for bytes that do not come.
 
         Raises:
             ManifestError, SourceNotFoundError: See `manifests.safety.resolve_inside`.
@@ -76,7 +80,7 @@ class Place(Protocol):
         """How many of so many shards are read at the same time when so many jobs are allowed."""
 
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> AbstractContextManager[Openable]:
         """A shard while it is read front to back: it must be the file that was planned from, and stay it.
 
@@ -84,7 +88,7 @@ class Place(Protocol):
             name: The shard.
             header: As it was planned from.
             ranges: What will be read of it, in order. Nothing else may be asked of the file that is given.
-            connections: How many there may be to a server.
+            connections: Tells how many there may be to a server: more when no other shard needs them any more.
             stop: Ends the waiting for bytes that do not come.
 
         Raises:
@@ -138,7 +142,7 @@ class LocalPlace:
         """See `Place`; nothing is known but by reading it."""
         return None
 
-    def file(self, name: str) -> LocalFile:
+    def file(self, name: str, stop: StopFlag | None = None) -> LocalFile:
         """See `Place`."""
         return LocalFile(resolve_inside(self._root, name))
 
@@ -152,7 +156,7 @@ class LocalPlace:
 
     @contextmanager
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> Iterator[Openable]:
         """See `Place`."""
         file = self.file(name)

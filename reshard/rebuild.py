@@ -28,14 +28,14 @@ from reshard.archive import pack, unpack_blocks, write_packed
 from reshard.blocks import Writer, new_block, temporary_path
 from reshard.documents import write_index
 from reshard.generated import config_document
-from reshard.openable import LocalFile, Openable, PackedFile, read_blocks
+from reshard.openable import LocalFile, Openable, PackedElsewhere, PackedFile, read_blocks
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
 from reshard.saved import find_origins, read_document
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import Damage, checks_of
 from reshard.web import place_of
-from reshard.workers import StopFlag
+from reshard.workers import StopFlag, unless_stopped
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -92,7 +92,7 @@ class Rebuilder:
         return self._rebuild_packed(file, progress, stop)
 
     def _rebuild_plain(self, file: FileEntry, damage: Sequence[Damage], progress: Progress, stop: StopFlag) -> Repaired:
-        header = self._find_header(file)
+        header = unless_stopped(partial(self._find_header, file), stop)
         own = LocalFile(self._root / file.path)
         wanted = [(check, check.tensor) for check in checks_of(file) if check.tensor and check.begin < check.end]
         pieces = []
@@ -104,7 +104,7 @@ class Rebuilder:
                 begin = check.begin
                 if any(found.begin < check.end and check.begin < found.end for found in damage):
                     location = self._locate(tensor)
-                    taken_from = self._file(location.file, location)
+                    taken_from = self._file(location.file, location, stop)
                     begin = location.offset + check.begin - tensor.offset
                     names[tensor.name] = None
                     taken += check.end - check.begin
@@ -122,7 +122,7 @@ class Rebuilder:
             if other.stored_sha256 == file.stored_sha256:
                 self._copy(other.path, file.path, other.stored_sha256, progress, stop)
                 return Repaired(path=file.path, taken_bytes=file.size), file
-        header = self._find_header(file)
+        header = unless_stopped(partial(self._find_header, file), stop)
         plain, unpacked, stored = hashlib.sha256(header), hashlib.sha256(), hashlib.sha256()
         with self._replace(file.path, 0) as writer:
             with closing(self._read_tensors(file, plain, progress, stop)) as tensors:
@@ -147,7 +147,7 @@ class Rebuilder:
             with ExitStack() as opened:
                 for tensor in file.tensors:
                     location = self._locate(tensor)
-                    if (at := self._file(location.file, location)) != before:
+                    if (at := self._file(location.file, location, stop)) != before:
                         opened.close()
                         before = at
                         reader = opened.enter_context(closing(at.open()))
@@ -179,7 +179,7 @@ class Rebuilder:
         if stored is not None:
             self._copy(stored, document.path, document.sha256, progress, stop)
             return Repaired(path=document.path, taken_bytes=document.size), document
-        content = self._find_content(document)
+        content = unless_stopped(partial(self._find_content, document), stop)
         packed = content if document.codec == "none" else pack(content)
         with self._replace(document.path, 0) as writer:
             writer.write(packed, 0)
@@ -252,6 +252,10 @@ class Rebuilder:
         return location
 
     @cached_property
+    def _stored_sizes(self) -> Mapping[str, int]:
+        return {file.path: file.size for file in self._source.manifest.files}
+
+    @cached_property
     def _origins(self) -> Mapping[str, str]:
         return find_origins(self._checkpoint)
 
@@ -277,21 +281,18 @@ class Rebuilder:
             return document.source_name or document.path
         return None
 
-    def _file(self, name: str, stored: FileEntry | Location) -> Openable:
+    def _file(self, name: str, stored: FileEntry | Location, stop: StopFlag | None = None) -> Openable:
         """A file of the source, read as if it were plain."""
         if stored.codec == "none":
-            return self._place.file(name)
+            return self._place.file(name, stop)
         if self._place.root is None:
-            raise ToolkitError(
-                f"{self._place.where(name)}: is packed, and is unpacked from this machine's disks alone; give a copy "
-                "that is not packed, or download this one"
-            )
+            return PackedElsewhere(self._place.file(name, stop), self._stored_sizes[name], stored.unpacked_size)
         return _local_file(self._place.root, stored)
 
     def _copy(self, name: str, path: str, sha256: str | None, progress: Progress, stop: StopFlag) -> None:
         """Copy a file of the source as it is stored."""
         hasher = hashlib.sha256()
-        source, size = self._place.file(name), self._place.size(name)
+        source, size = self._place.file(name, stop), unless_stopped(partial(self._place.size, name), stop)
         with self._replace(path, size) as writer:
             piece = Piece(file=source, offset=0, size=size, target=Target(open=lambda: writer, offset=0))
             pump([piece], whole=hasher, digests=False, ring=self._ring, progress=progress, stop=stop)

@@ -210,9 +210,8 @@ def transfer(
     pending = pending_shards(shards, plan, durable)
     workers = place.divide(jobs, len(pending))
     with ThreadPoolExecutor(max_workers=1) as finisher:
-        mover = _Mover(
-            place, shards, plan, destination, durable, finisher, commit, connections=jobs // workers, progress=progress
-        )
+        mover = _Mover(place, shards, plan, destination, durable, finisher, commit, progress=progress)
+        mover.divide(jobs, workers, len(pending))
         try:
             run_all(mover.move, pending, workers=workers)
         finally:
@@ -233,7 +232,6 @@ class _Mover:
         finisher: ThreadPoolExecutor,
         commit: Callable[[MovedShard], None],
         *,
-        connections: int,
         progress: Progress,
     ) -> None:
         self._place = place
@@ -243,7 +241,7 @@ class _Mover:
         self._durable = durable
         self._finisher = finisher
         self._commit = commit
-        self._connections = connections
+        self._jobs = self._workers = self._left = 1
         self._progress = progress
         self._work = plan.by_shard()
         self._outputs: dict[str, _Output] = {}
@@ -266,7 +264,7 @@ class _Mover:
         ranges = self._ranges(tensors, targets, gaps)
         hasher = hashlib.sha256(header.raw) if is_whole else None
         begun: dict[str, tuple[str, ...]] = {}
-        with place.reading(shard, header, ranges, connections=self._connections, stop=stop) as file:
+        with place.reading(shard, header, ranges, connections=self._share, stop=stop) as file:
             takes = [take for tensor in tensors for take in self._takes(tensor, file, targets.get(tensor.name))]
             stream = _with_gaps(takes, file, gaps)
             for part, is_last in _parts(stream) if place.is_far else [(stream, True)]:
@@ -283,9 +281,19 @@ class _Mover:
                     self._settle(
                         MovedShard(name=shard, sha256=None, tensors=found, begun=dict(begun), is_done=False), targets
                     )
+        with self._lock:
+            self._left -= 1
         moved = MovedShard(name=shard, sha256=hasher.hexdigest() if hasher else None, tensors=found)
         self._require_published(moved)
         self._settle(moved, targets)
+
+    def divide(self, jobs: int, workers: int, shards: int) -> None:
+        """Say how many connections there may be for how many workers, and how many shards are still to be read."""
+        self._jobs, self._workers, self._left = jobs, workers, shards
+
+    def _share(self) -> int:
+        """Connections for one shard: those of all, divided among the workers that still read one."""
+        return self._jobs // max(1, min(self._workers, self._left))
 
     def _output_of(self, file: PlannedFile) -> _Output:
         with self._lock:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,7 +28,7 @@ from reshard.saved import require_source
 from reshard.source import local_path, source_root
 from reshard.streams import Ring
 from reshard.web import place_of
-from reshard.workers import StopFlag, run_all
+from reshard.workers import StopFlag, run_all, unless_stopped
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -195,7 +196,9 @@ def verify_published(checkpoint: Checkpoint, place: Place, *, jobs: int, progres
     headers = {document.path: document.content_sha256 for document in checkpoint.manifest.documents}
 
     def look(entry: Shard | Document, buffer: memoryview, stop: StopFlag) -> list[Damage]:
-        stop.check()
+        return unless_stopped(partial(compare, entry), stop)
+
+    def compare(entry: Shard | Document) -> list[Damage]:
         name = entry.name if isinstance(entry, Shard) else entry.source_name or entry.path
         size = entry.size if isinstance(entry, Shard) else entry.content_size
         try:

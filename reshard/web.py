@@ -3,16 +3,16 @@
 See `reshard.places` for what is asked of it. This file knows files and ranges; it must not know tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from manifests.errors import IntegrityError, SourceNotFoundError
 from manifests.folder import Folder, LocalFolder
 from manifests.header import Header
-from manifests.http import RemoteFile, Stream
+from manifests.http import RemoteFile
 from manifests.remote import RemoteFolder
 from reshard.fetching import FetchingReader
 from reshard.openable import BlockReader
@@ -53,10 +53,12 @@ class WebPlace:
 
     def size(self, name: str) -> int:
         """See `Place`."""
-        size = self._folder.size(name)
-        if size is None:
+        if self._folder.files is None:
+            return self._folder.file(name).facts.size
+        listed = self._folder.files.get(name)
+        if listed is None:
             raise SourceNotFoundError(f"{self.where(name)}: the server has no such file")
-        return size
+        return listed.size
 
     def hole_bytes(self, name: str) -> int:
         """See `Place`; they arrive as zeros."""
@@ -75,10 +77,10 @@ class WebPlace:
         listed = (self._folder.files or {}).get(name)
         return None if listed is None else listed.sha256
 
-    def file(self, name: str) -> "WebFile":
+    def file(self, name: str, stop: StopFlag | None = None) -> "WebFile":
         """See `Place`."""
         listed = (self._folder.files or {}).get(name)
-        return WebFile(self._folder.file(name), None if listed is None else listed.size)
+        return WebFile(self._folder.file(name), None if listed is None else listed.size, stop or StopFlag())
 
     def header(self, name: str) -> Header:
         """See `Place`."""
@@ -90,7 +92,7 @@ class WebPlace:
 
     @contextmanager
     def reading(
-        self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
+        self, name: str, header: Header, ranges: Iterable[Range], *, connections: Callable[[], int], stop: StopFlag
     ) -> Iterator["_Open"]:
         """See `Place`. That it stays what it was is seen in every answer of the server."""
         file = self._folder.file(name)
@@ -109,45 +111,48 @@ class WebFile:
 
     file: RemoteFile
     size: int | None
+    stop: StopFlag = field(compare=False)
 
     def __str__(self) -> str:
         return self.file.where
 
     def open(self) -> "WebReader":
         """See `Openable`; nothing is asked before the first bytes are read."""
-        return WebReader(self.file, self.size)
+        return WebReader(self.file, self.size, self.stop)
 
 
 class WebReader:
-    """A file on a server while it is read: what follows the bytes before comes over the same connection."""
+    """A file on a server while it is read, one range after the other, over one connection."""
 
-    def __init__(self, file: RemoteFile, size: int | None) -> None:
+    def __init__(self, file: RemoteFile, size: int | None, stop: StopFlag) -> None:
         self._file = file
         self._size = size
-        self._stream: Stream | None = None
+        self._stop = stop
+        self._fetching: FetchingReader | None = None
+        self._due = (0, 0)
 
     def read(self, buffer: memoryview, begin: int, end: int) -> tuple[memoryview, bool]:
-        """See `reshard.openable.BlockReader`: as many bytes as the buffer takes. Asks for no more than the range.
+        """See `reshard.openable.BlockReader`. Asks for no more than the range.
 
         Raises:
             IntegrityError: It has another size than is published.
+            StoppedError: All work is to stop.
             See `manifests.http.RemoteFile.read`.
         """
-        stream = self._stream
-        if stream is None or stream.position != begin or stream.end != end:
+        if self._fetching is None or self._due != (begin, end):
             self.close()
-            stream = self._stream = self._file.stream(begin, end)
-        view = buffer[: end - begin]
-        stream.fill(view)
+            self._fetching = FetchingReader(self._file, [(begin, end)], connections=lambda: 1, stop=self._stop)
+        data, is_hole = self._fetching.read(buffer, begin, end)
+        self._due = begin + len(data), end
         if self._size is not None and self._file.facts.size != self._size:
             raise IntegrityError(f"{self._file.where}: has {self._file.facts.size} bytes, {self._size} are published")
-        return view, False
+        return data, is_hole
 
     def close(self) -> None:
-        """Give the connection back."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        """End the connection."""
+        if self._fetching is not None:
+            self._fetching.close()
+            self._fetching = None
 
 
 class _Open:

@@ -6,7 +6,7 @@ Reading, writing and hashing release the interpreter's lock, so threads are enou
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
@@ -69,6 +69,29 @@ def thread_limit_named() -> Iterator[None]:
         raise ResourceError(
             "the system allows no more threads; take fewer --jobs, or allow more (ulimit -u)"
         ) from error
+
+
+def unless_stopped(call: Callable[[], Result], stop: StopFlag) -> Result:
+    """What a call gives that may wait for a server; it must change nothing, for a worker that stops leaves it behind.
+
+    Raises:
+        StoppedError: All work is to stop.
+        ResourceError: The system allows no more threads.
+        Whatever the call raises.
+    """
+    answer: Future[Result] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # Not one that could be waited for: a server may be silent for a minute when the program is to end.
+    start(threading.Thread(target=ask, daemon=True))
+    while not wait([answer], SIGNAL_SECONDS).done:
+        stop.check()
+    return answer.result()
 
 
 class PoisonLock:

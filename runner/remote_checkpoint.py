@@ -7,7 +7,7 @@ is asked only whether each is still what it was. This file knows manifests and a
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from manifests.header import Header
 from manifests.http import Facts, RemoteFile
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
+from manifests.questions import each
 from manifests.remote import RemoteFolder
 from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES, decode, encode
@@ -137,8 +138,7 @@ def _ask(cache: CacheFolder, origin: RemoteFolder, file: str | None, last: _Stat
     tries = None if last is None else _TRIES_WITH_CACHE
     if file is None and (origin.files is None or MANIFEST_NAME in origin.files):
         etag = last.etag if last is not None and is_resharded else None
-        url = urls.join(origin.url, MANIFEST_NAME)
-        found = origin.web.read(url, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
+        found = origin.document(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
         if found is None and last is not None and etag is not None:
             return replace(last, base=origin.url)
         if found is not None:
@@ -187,9 +187,9 @@ def _is_same(origin: RemoteFolder, last: _State) -> bool:
         return False
     # Not the files that the folder keeps: these are asked again if one is another.
     files = [(RemoteFile(origin.web, urls.join(origin.url, name)), facts) for name, facts in last.facts.items()]
-    with ThreadPoolExecutor(max_workers=remote.REQUESTS_AT_ONCE) as pool:
+    with closing(each(lambda one: one[0].facts.differs(one[1]), files, at_once=remote.REQUESTS_AT_ONCE)) as answers:
         try:
-            return not any(pool.map(lambda one: one[0].facts.differs(one[1]), files))
+            return not any(answers)
         except SourceNotFoundError:
             return False
 

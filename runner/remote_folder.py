@@ -178,10 +178,7 @@ class CachedFolder:
         return None if found is None else found.content
 
     def _ask(self, name: str, max_bytes: int, etag: str | None) -> Document | None:
-        origin = self._reach(name)
-        if origin.files is not None and name not in origin.files:
-            return None
-        return origin.web.read(urls.join(origin.url, name), max_bytes=max_bytes, etag=etag)
+        return self._reach(name).document(name, max_bytes=max_bytes, etag=etag)
 
 
 def keep_header(cache: CacheFolder, key: str, name: str, header: bytes) -> None:

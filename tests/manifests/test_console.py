@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +16,16 @@ import click
 import pytest
 
 from manifests import errors
-from manifests.console import Group, counted, format_bytes, format_rate, format_seconds, print_json, printable
+from manifests.console import (
+    Group,
+    counted,
+    format_bytes,
+    format_rate,
+    format_seconds,
+    print_json,
+    printable,
+    quiet_option,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +65,7 @@ def test_exit_codes() -> None:
         "IncompleteError": 3,
         "RemoteError": 1,
         "SourceNotFoundError": 10,
+        "ForbiddenError": 10,
         "LockedError": 11,
         "ManifestError": 12,
         "IntegrityError": 13,
@@ -211,3 +223,49 @@ def test_json_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.isascii()
     assert json.loads(out) == {"name": "\u6a21\x1b\u202e"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def say(*arguments: str) -> None:
+    """Run a command that says something meanwhile."""
+
+    @click.group(cls=Group)
+    def tool() -> None:
+        """A program."""
+
+    @tool.command()
+    @quiet_option
+    def go(quiet: bool) -> None:
+        """Say it."""
+        logging.getLogger("manifests.http").warning("%s: is asked again in %d s", "host\x1b[2J", 30)
+
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["go", *arguments], prog_name="tool")
+    assert ended.value.code == 0
+
+
+def test_what_is_said_meanwhile_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, err in (((), "note: host\\x1b[2J: is asked again in 30 s\n"), (("--quiet",), "")) * 2:
+        say(*arguments)
+        assert capsys.readouterr() == ("", err)
+
+
+def test_a_note_takes_the_line_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal("reshard:  10%")
+    terminal.seek(0, io.SEEK_END)
+    monkeypatch.setattr("sys.stderr", terminal)
+    say()
+    assert terminal.getvalue() == "reshard:  10%\r\x1b[Knote: host\\x1b[2J: is asked again in 30 s\n"
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    say()

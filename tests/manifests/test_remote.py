@@ -331,3 +331,85 @@ def test_without_the_hubs_package(program: Program, monkeypatch: pytest.MonkeyPa
     result = program("manifests", "show", "hf://org/tiny")
     assert result.code == 1
     assert "pip install expert-reshard[hub]" in result.err
+
+
+# Servers that say less than they know.
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_must_not_be_seen_may_be_absent(
+    server: FileServer, v3_folder: Path, program: Program, tmp_path: Path, status: int
+) -> None:
+    """A store that does not let its list be read says 403 of all that it does not have."""
+    server.instead = lambda asked, right: Answer(status, {}, b"<Error>") if right.status == 404 else None
+    url = f"{server.url}/plain"
+    assert manifests.open(url).manifest == manifests.open(v3_folder).manifest
+    assert program("manifests", "show", url).code == 0
+    assert program("reshard", "plan", url).code == 0
+    assert program("reshard", "run", url, tmp_path / "out").code == 0
+    assert program("reshard", "verify", tmp_path / "out", "--against", url).code == 0
+
+
+def test_a_refusal_names_both_reasons(server: FileServer, program: Program) -> None:
+    server.instead = lambda asked, right: Answer(403)
+    for command in (["manifests", "ls"], ["reshard", "plan"]):
+        result = program(*command, f"{server.url}/plain?sig=secret")
+        assert result.code == 10
+        assert "no manifest.json, no model.safetensors.index.json and no model.safetensors there, or you" in result.err
+        assert "does not let you read it (status 403)" in result.err
+        assert "secret" not in result.err
+        assert result.err.count("\n") == 1
+
+
+def test_a_shard_that_must_not_be_seen_is_refused(server: FileServer, program: Program, tmp_path: Path) -> None:
+    server.instead = lambda asked, right: Answer(403) if "00009" in asked.path else None
+    for command in (["manifests", "ls"], ["reshard", "plan"]):
+        result = program(*command, f"{server.url}/plain")
+        assert result.code == 10
+        assert "model-00009-of-000047.safetensors: the server does not let you read it (status 403)" in result.err
+
+
+def test_a_document_that_must_not_be_seen_is_called_so(
+    server: FileServer, v3_resharded: Path, program: Program
+) -> None:
+    server.instead = lambda asked, right: Answer(403) if asked.path.endswith("LICENSE") else None
+    result = program("reshard", "verify", v3_resharded, "--against", f"{server.url}/plain")
+    assert result.code == 13
+    assert "LICENSE: bytes 0-" in result.out
+    assert "does not let you read it (status 403)" in result.out
+
+
+def test_nothing_shows_what_is_secret_in_an_address(
+    pair: tuple[str, Path], server: FileServer, program: Program
+) -> None:
+    addresses = (pair[0].replace("://", "://user:SECRET@"), f"{pair[0]}/?sig=SECRET", f"{server.url}/none?sig=SECRET")
+    for address in addresses:
+        for arguments in (
+            ["show"], ["show", "--json"], ["ls"], ["ls", "--json"], ["ls", "--match", "none"], ["check"],
+            ["check", "--json"],
+        ):  # fmt: skip
+            result = program("manifests", arguments[0], address, *arguments[1:])
+            assert result.code == (10 if "none?" in address else 0)
+            assert "SECRET" not in result.out + result.err
+    assert "SECRET" not in program("manifests", "ls", f"{server.url}x/?sig=SECRET").err
+
+
+def test_one_signed_file(server: FileServer, v3_folder: Path, program: Program) -> None:
+    shard = sorted(v3_folder.glob("model-*.safetensors"))[0]
+    url = f"{server.url}/plain/{shard.name}"
+    rows = program("manifests", "ls", f"{url}?sig=SECRET", "--json").json
+    assert {row["place"] for row in rows} == {url}
+    refused = program("reshard", "plan", f"{url}?sig=SECRET")
+    assert refused.code == 10
+    assert "is not a checkpoint; give the address of the folder" in refused.err
+
+
+def test_words_of_a_server_do_not_drive_a_terminal(monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("\x1b[2Jno\x07")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    result = program("manifests", "ls", "hf://org/name")
+    assert result.code == 1
+    assert result.err.rstrip("\n").isprintable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 from manifests import urls
@@ -48,6 +50,12 @@ def test_parsed() -> None:
         ("http://host/a\nHost: other", "http, https and hf addresses are read"),
         ("http://[::1/a", "http, https and hf addresses are read"),
         ("javascript://host/a", "http, https and hf addresses are read"),
+        ("http://user:secret@host:port/a", "'http'://...: cannot be read"),
+        ("http://user:pa/secret@host/a", "'http'://...: cannot be read"),
+        ("http://user:12#secret@host/a", "'http'://...: cannot be read"),
+        ("http://host:port/a?sig=secret", "'http'://...: cannot be read"),
+        ("http://user:secret@host\t/a", "'http'://...: cannot be read"),
+        ("ftp://user:secret@host/a?sig=secret", "ftp://host/a: cannot be read"),
     ],
 )
 def test_refused(text: str, says: str) -> None:
@@ -76,3 +84,17 @@ def test_origins() -> None:
     assert urls.origin("https://HOST/a") == urls.origin("https://host:443/b") == ("https", "host", 443)
     assert urls.origin("http://host/a") != urls.origin("https://host/a")
     assert urls.origin("http://host:81/a") != urls.origin("http://host/a")
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "pair"),
+    [
+        ("http://proxy:3128", "http://proxy:3128", None),
+        ("proxy:3128", "http://proxy:3128", None),
+        ("https://user:p%40ss@proxy", "https://proxy", b"user:p@ss"),
+        ("user:p@ss@[::1]:80/", "http://[::1]:80/", b"user:p@ss"),
+    ],
+)
+def test_proxies(text: str, url: str, pair: bytes | None) -> None:
+    authorization = None if pair is None else f"Basic {base64.b64encode(pair).decode()}"
+    assert urls.proxy_of(text) == urls.Address(url=url, authorization=authorization)

@@ -13,7 +13,7 @@ from manifests.errors import (
     IntegrityError,
     ResourceError,
 )
-from reshard import archive, blocks
+from reshard import archive, blocks, readable
 from reshard.packing import pack
 from reshard.progress import Progress
 from reshard.restore import check
@@ -102,7 +102,7 @@ def test_a_frame_that_would_fill_memory(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"bomb\.zst: damaged zstd frame: .*memory"):
         list(archive.unpack_blocks(bomb, size=1000))
     with pytest.raises(ResourceError, match="reshard unpack"):
-        archive.UnpackingReader(bomb, archive.MAX_EXPERT_BYTES + 1)
+        archive.UnpackingReader(bomb, archive.MAX_EXPERT_BYTES + 1, lambda: iter(()))
 
 
 def test_an_empty_file_unpacks_to_nothing(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_each_expert_is_unpacked_once_for_a_shard(resharded_copy: Path, monkeypa
         read.append(path.name)
         return real(path, size=size)
 
-    monkeypatch.setattr(archive, "unpack_blocks", counted)
+    monkeypatch.setattr(readable, "unpack_blocks", counted)
     with Progress(0, label="", quiet=True) as progress:
         pack(resharded_copy, jobs=2, progress=progress)
         read.clear()

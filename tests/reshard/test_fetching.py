@@ -36,7 +36,7 @@ def reader_of(
     server: FileServer, ranges: list[tuple[int, int]], connections: int = 3, stop: StopFlag | None = None
 ) -> FetchingReader:
     file = http.Web().file(f"{server.url}/file")
-    return FetchingReader(file, ranges, connections=connections, stop=stop or StopFlag())
+    return FetchingReader(file, ranges, connections=lambda: connections, stop=stop or StopFlag())
 
 
 def read(reader: FetchingReader, begin: int, end: int) -> bytes:

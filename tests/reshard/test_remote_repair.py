@@ -14,6 +14,7 @@ import manifests
 from manifests import http
 from manifests.paths import MANIFEST_NAME
 from manifests.schema import TensorEntry
+from tests import wrong_answers
 from tests.fake_hub import NAME, fake_hub
 from tests.file_server import Answer, Asked, FileServer, serve
 
@@ -125,16 +126,46 @@ def test_wrong_bytes_from_the_server_are_not_taken(
     assert tree(resharded_copy) == before
 
 
-def test_packed_files_of_a_server_are_refused(
-    resharded_copy: Path, v3_resharded: Path, tmp_path: Path, program: Program
+@pytest.fixture
+def packed(v3_resharded: Path, tmp_path: Path, program: Program) -> Iterator[FileServer]:
+    folder = shutil.copytree(v3_resharded, tmp_path / "packed")
+    assert program("reshard", "pack", folder).code == 0
+    with serve(folder) as server:
+        yield server
+
+
+def test_a_packed_copy_on_a_server_gives_what_is_damaged(
+    packed: FileServer, resharded_copy: Path, v3_resharded: Path, program: Program, tree: Tree
 ) -> None:
-    packed = shutil.copytree(v3_resharded, tmp_path / "packed")
-    assert program("reshard", "pack", packed).code == 0
     damage(resharded_copy)
-    with serve(packed) as server:
-        refused = program("reshard", "repair", resharded_copy, "--from", server.url)
+    repaired = program("reshard", "repair", resharded_copy, "--from", packed.url)
+    assert repaired.code == 0, repaired.err
+    assert tree(resharded_copy) == tree(v3_resharded)
+    # All of the one expert, and of the others nothing.
+    assert packed.root is not None
+    assert packed.sent(".zst") == (packed.root / f"{EXPERT}.zst").stat().st_size
+
+
+def test_a_packed_copy_on_a_server_repairs_a_packed_one(
+    packed: FileServer, tmp_path: Path, program: Program, tree: Tree
+) -> None:
+    assert packed.root is not None
+    mine = shutil.copytree(packed.root, tmp_path / "mine")
+    flip(mine / f"{EXPERT}.zst", 1000)
+    assert program("reshard", "repair", mine, "--from", packed.url).code == 0
+    assert tree(mine) == tree(packed.root)
+
+
+def test_a_packed_copy_on_a_server_that_is_damaged_itself(
+    packed: FileServer, resharded_copy: Path, program: Program, tree: Tree
+) -> None:
+    damage(resharded_copy)
+    before = tree(resharded_copy)
+    packed.instead = wrong_answers.flip(f"{EXPERT}.zst", 1000)
+    refused = program("reshard", "repair", resharded_copy, "--from", packed.url)
     assert refused.code == 13
-    assert "is packed" in refused.err
+    assert f"{EXPERT}" in refused.err
+    assert tree(resharded_copy) == before
 
 
 def test_verify_against_a_server_compares_what_it_says(
