@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Anything else for pip, such as a proxy or an index.
 PIP_ARGS ?=
-# A downloaded or already resharded checkpoint; the embedded demo model when empty.
+# A downloaded or already resharded checkpoint, or its address; the embedded demo model when empty.
 MODEL ?=
 # Somebody who wrote MODEL= meant a model of their own, as with a variable that was not set.
 ifeq ($(origin MODEL)$(strip $(MODEL)),command line)
@@ -29,8 +29,9 @@ export MODEL OUT PROMPT TOKENS
 
 help: ## Show the targets
 	@echo "make run-inference   reshard the embedded model, inspect it, generate text"
-	@echo "                     MODEL=/path/to/checkpoint  a downloaded or resharded one instead"
-	@echo "                     OUT=/path  where it is resharded to (default: beside it, with -experts)"
+	@echo "                     MODEL=/path/to/checkpoint  a downloaded or resharded one instead, or an address"
+	@echo "                     OUT=/path  where it is resharded to (default: beside it, with -experts; an"
+	@echo "                     address is run where it is)"
 	@echo "                     PROMPT='...'  TOKENS=60"
 	@echo "make test            the full test suite"
 	@echo "make check           lint, types, import contracts"
@@ -42,7 +43,7 @@ help: ## Show the targets
 # The stamps hold what was installed, so a changed requirement installs again and an unchanged one costs nothing.
 $(VENV)/.base: pyproject.toml constraints.txt $(wildcard runner/native/*)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[hub]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
@@ -58,7 +59,8 @@ run-inference: $(VENV)/.base
 	    model=$$($(BIN)/python -c 'from runner import demo; print(demo.path())'); \
 	    [ -n "$$out" ] || { out=build/demo-experts; rm -rf "$$out"; }; \
 	fi; \
-	if [ -f "$$model/manifest.json" ]; then \
+	case "$$model" in *://*) is_far=yes;; *) is_far=;; esac; \
+	if [ -f "$$model/manifest.json" ] || [ -n "$$is_far" -a -z "$$out" ]; then \
 	    out=$$model; \
 	else \
 	    $(BIN)/reshard run "$$model" "$${out:=$$model-experts}"; \

@@ -55,7 +55,7 @@ def library() -> ModuleType:
     try:
         import urllib3
     except ImportError as error:
-        raise ToolkitError("web servers are read with urllib3: `pip install expert-reshard[http]`") from error
+        raise ToolkitError("web servers are read with urllib3: `pip install 'expert-reshard[http]'`") from error
     return urllib3
 
 
@@ -102,8 +102,11 @@ def explain(error: Exception, url: str) -> PassingError:
         cause = error.args[0] if error.args else None
         if "BAD_RECORD_MAC" in str(getattr(cause, "reason", "")):
             return PassingError("the connection broke")  # a bit of what was sent changed on the way
-        advice = "for a certificate of your own name its authority in SSL_CERT_FILE"
-        advice = f"; {advice}" if isinstance(cause, ssl.SSLCertVerificationError) else ""
+        advice = ""
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            advice = "; for a certificate of your own name its authority in SSL_CERT_FILE"
+        elif "WRONG_VERSION_NUMBER" in str(getattr(cause, "reason", "")):
+            advice = "; it does not speak https, try http"
         raise RemoteError(f"{urls.shown(url)}: no secure connection: {error}{advice}") from error
     if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
         raise RemoteError(f"{urls.shown(url)}: is no address that can be asked") from error

@@ -163,7 +163,11 @@ class Web:
 
     def tries(self, url: str) -> int:
         """Failures one behind the other that are borne."""
-        return TRIES if urls.origin(url) in self._answered else FIRST_TRIES
+        return TRIES if self.has_answered(url) else FIRST_TRIES
+
+    def has_answered(self, url: str) -> bool:
+        """Whether the server of an address has ever said anything."""
+        return urls.origin(url) in self._answered
 
     def tell(self, url: str, failure: PassingError, pause_s: float) -> None:
         """Say once for all who wait that a server is asked again later, if that is long enough to wonder."""
@@ -448,8 +452,11 @@ class _Patience:
         """
         self._failures += 1
         if self._failures >= (self._tries or self._web.tries(self._url)):
+            advice = (
+                "run again later" if self._web.has_answered(self._url) else "look at the address, or run again later"
+            )
             raise RemoteError(
-                f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; run again later"
+                f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; {advice}run again later"
             ) from failure
         if failure.pause_s == 0:
             return

@@ -145,7 +145,7 @@ def _library(text: str) -> ModuleType:
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
-        raise ToolkitError(f"{text}: needs the package huggingface_hub: `pip install expert-reshard[hub]`") from error
+        raise ToolkitError(f"{text}: needs the package huggingface_hub: `pip install 'expert-reshard[hub]'`") from error
     return huggingface_hub
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from manifests import gguf_files, hub, urls
 from manifests.checkpoint import Checkpoint
-from manifests.config import model_facts, read_config
+from manifests.config import CONFIG_NAME, model_facts, read_config
 from manifests.errors import ForbiddenError, SourceNotFoundError
 from manifests.folder import Cut
 from manifests.header import Header
@@ -100,18 +100,21 @@ class RemoteFolder:
         """A small file that need not be there, with the name of its state; see `manifests.http.Web.read`.
 
         One that must not be seen counts as absent: stores that do not let their lists be read say so of what they do
-        not have. Whoever finds nothing else either says both; see `forbidden`.
+        not have. Whoever finds nothing else either says both; see `forbidden`. So does a web page in the place of JSON,
+        which some servers have for whatever they do not have.
         """
         if self.files is not None and name not in self.files:
             return None
         check_relative(name, what=str(self))
         try:
-            return self.web.read(urls.join(self.url, name), max_bytes=max_bytes, etag=etag, tries=tries)
+            found = self.web.read(urls.join(self.url, name), max_bytes=max_bytes, etag=etag, tries=tries)
         except ForbiddenError as error:
             if self.files is not None or etag is not None:
                 raise
             self.forbidden = error
             return None
+        is_page = found is not None and name.endswith(".json") and found.content.lstrip()[:1] == b"<"
+        return None if is_page else found
 
     def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `manifests.folder.Folder`."""
@@ -154,7 +157,8 @@ def find(text: str) -> tuple[RemoteFolder, str | None]:
     Nothing is read but what the Hub says of a repository. Other servers do not say what is a file, and its name must.
 
     Raises:
-        SourceNotFoundError: It is no address that can be read, or the Hub has nothing of the name.
+        SourceNotFoundError: It is no address that can be read, or that of a document of a checkpoint, or the Hub has
+            nothing of the name.
         RemoteError: The Hub cannot be reached.
         ToolkitError: A package is not installed that this needs.
     """
@@ -165,9 +169,21 @@ def find(text: str) -> tuple[RemoteFolder, str | None]:
     address = urls.parse(text)
     web = Web({urls.origin(address.url): address.authorization} if address.authorization else None)
     name = urls.last_part(address.url)
+    folder = RemoteFolder(web, urls.parent(address.url))
+    if name in (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME):
+        raise SourceNotFoundError(f"{folder.where(name)}: is one file of a checkpoint; give its folder, {folder}")
     if name.endswith((SUFFIX, gguf_files.SUFFIX)):
-        return RemoteFolder(web, urls.parent(address.url)), name
+        return folder, name
     return RemoteFolder(web, address.url), None
+
+
+def is_resharded(folder: RemoteFolder) -> bool:
+    """Whether there is a manifest.
+
+    Raises:
+        RemoteError: The server cannot be reached, or does not do what is asked.
+    """
+    return folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES) is not None
 
 
 def find_gguf(folder: RemoteFolder) -> list[str]:

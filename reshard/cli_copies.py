@@ -75,7 +75,7 @@ def verify(dst: Path, against: Path | str | None, jobs: int, as_json: bool, quie
     unnamed = verifying.find_unnamed(checkpoint)
     if as_json:
         damage = [dataclasses.asdict(finding) for finding in findings]
-        events.end({"path": str(dst), "ok": not findings, "damage": damage, "unnamed": unnamed})
+        events.end({"path": str(dst), "ok": not findings, "damage": damage, "unnamed": unnamed, "unproven": unproven})
     else:
         for finding in findings:
             tensor = f" tensor {finding.tensor}" if finding.tensor else ""

@@ -17,7 +17,7 @@ from manifests.header import Header
 from manifests.inventory import check_finished, find_gguf, read_shards
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
 from manifests.questions import Watch
-from manifests.remote import RemoteFolder, find, read_index, read_indexed
+from manifests.remote import RemoteFolder, find, is_resharded, read_index, read_indexed
 from manifests.remote import find_gguf as find_remote_gguf
 from manifests.safety import require_folder, resolve_inside
 from reshard.generated import config_document
@@ -152,8 +152,11 @@ def _read_remote(folder: RemoteFolder, name: str | None, watch: Watch | None) ->
                 f"{folder.where(name)}: is not a checkpoint; give the address of the folder that holds the shards"
             )
         return _read_gguf(folder, name, gguf_files.read_set(folder, name, watch), {})
-    if folder.size(MANIFEST_NAME) is not None:
-        raise ManifestError(f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; download its files")
+    if is_resharded(folder):
+        raise ManifestError(
+            f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; `runner -m` runs it from there, and any "
+            "downloader copies its files"
+        )
     if names := find_remote_gguf(folder):
         return _read_gguf(folder, None, gguf_files.read_folder(folder, names, watch=watch), {})
     index = read_index(folder)

@@ -17,7 +17,7 @@ from manifests.checkpoint import Checkpoint
 from manifests.digest import CHUNK_BYTES, sha256_hex
 from manifests.errors import ManifestError, RemoteError, ToolkitError
 from manifests.paths import MANIFEST_NAME
-from manifests.remote import find
+from manifests.remote import find, is_resharded
 from manifests.safety import require_folder, resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
@@ -169,7 +169,7 @@ def find_published(checkpoint: Checkpoint, address: str) -> Place:
     folder, name = find(address)
     if name is not None:
         _check_named(checkpoint, name, folder.where(name))
-    elif folder.size(MANIFEST_NAME) is not None:
+    elif is_resharded(folder):
         raise ManifestError(f"{folder}: is resharded itself; give the folder that holds the original shards")
     return place_of(folder)
 

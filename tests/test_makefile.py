@@ -34,3 +34,24 @@ def test_an_empty_model_is_not_the_embedded_one(tmp_path: Path) -> None:
         assert "MODEL is empty: give the folder of a checkpoint, or leave MODEL out" in done.stderr
     for given in ([], ["MODEL=x"]):
         assert "is empty" not in make(tmp_path, "-n", "run-inference", *given).stderr
+
+
+def test_an_address_is_run_where_it_is(tmp_path: Path) -> None:
+    """What would be called, with programs that say what they were given."""
+    (tmp_path / "bin").mkdir()
+    for name in ("reshard", "manifests", "runner"):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $1 $2 $3"\n')
+        program.chmod(0o755)
+    (tmp_path / ".base").touch()
+    url = "https://host/model"
+
+    def called(*arguments: str) -> list[str]:
+        done = make(tmp_path, "run-inference", f"VENV={tmp_path}", "-o", f"{tmp_path}/.base", "PROMPT=", *arguments)
+        assert done.returncode == 0, done.stderr
+        return [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
+
+    assert called(f"MODEL={url}/") == [f"manifests show {url}", f"runner generate -m {url}"]
+    resharded = ["reshard run {0} {1}", "manifests show {1}", "runner generate -m {1}"]
+    assert called(f"MODEL={url}", "OUT=x") == [line.format(url, "x") for line in resharded]
+    assert called("MODEL=folder") == [line.format("folder", "folder-experts") for line in resharded]

@@ -330,7 +330,7 @@ def test_without_the_hubs_package(program: Program, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     result = program("manifests", "show", "hf://org/tiny")
     assert result.code == 1
-    assert "pip install expert-reshard[hub]" in result.err
+    assert "pip install 'expert-reshard[hub]'" in result.err
 
 
 # Servers that say less than they know.
@@ -413,3 +413,28 @@ def test_words_of_a_server_do_not_drive_a_terminal(monkeypatch: pytest.MonkeyPat
     result = program("manifests", "ls", "hf://org/name")
     assert result.code == 1
     assert result.err.rstrip("\n").isprintable()
+
+
+def test_web_pages_in_place_of_what_is_absent(server: FileServer, program: Program, tmp_path: Path) -> None:
+    """Some servers have a page, and status 200, for whatever they have not."""
+    page = b"\n<!DOCTYPE html><title>Where is it?</title>"
+    server.instead = lambda asked, right: Answer(200, {}, page) if right.status == 404 else None
+    for command in (["manifests", "show"], ["reshard", "plan"]):
+        result = program(*command, f"{server.url}/nothing")
+        assert result.code in (1, 10)
+        assert "already resharded" not in result.err
+        assert result.err.count("\n") == 1
+    # The file of a checkpoint without an index is asked for by range, and a page is none.
+    assert "/nothing/model.safetensors" in result.err
+    assert manifests.open(f"{server.url}/plain").config["model_type"] == "deepseek_v3"
+    server.files = {path: raw for path, raw in server.files.items() if not path.endswith("/config.json")}
+    assert manifests.open(f"{server.url}/plain").config == {}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors.index.json", "config.json"])
+def test_the_address_of_a_document_leads_to_its_folder(server: FileServer, program: Program, name: str) -> None:
+    result = program("manifests", "show", f"{server.url}/plain/{name}?sig=secret")
+    expected = (
+        f"manifests: {server.url}/plain/{name}: is one file of a checkpoint; give its folder, {server.url}/plain\n"
+    )
+    assert (result.code, result.err) == (10, expected)

@@ -187,7 +187,7 @@ def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_f
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith("read, every digest is right\n")
     result = program("reshard", "verify", v3_resharded, "--against", v3_folder, "--json")
-    found = {"event": "end", "path": str(v3_resharded), "ok": True, "damage": [], "unnamed": []}
+    found = {"event": "end", "path": str(v3_resharded), "ok": True, "damage": [], "unnamed": [], "unproven": []}
     assert (result.code, last(result)) == (0, found)
     (resharded_copy / "notes.txt").touch()
     raw = bytearray((resharded_copy / "model/embed.safetensors").read_bytes())
@@ -206,6 +206,7 @@ def test_verify(program: Program, v3_resharded: Path, resharded_copy: Path, v3_f
             }
         ],
         "unnamed": ["notes.txt"],
+        "unproven": [],
     }  # fmt: skip
     result = program("reshard", "verify", resharded_copy)
     assert (result.code, result.err.splitlines()) == (
