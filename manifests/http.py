@@ -452,9 +452,7 @@ class _Patience:
         """
         self._failures += 1
         if self._failures >= (self._tries or self._web.tries(self._url)):
-            advice = (
-                "run again later" if self._web.has_answered(self._url) else "look at the address, or run again later"
-            )
+            advice = "" if self._web.has_answered(self._url) else "look at the address, or "
             raise RemoteError(
                 f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; {advice}run again later"
             ) from failure
