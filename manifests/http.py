@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from manifests import answers, urls
 from manifests.answers import ABSENT, EXPIRED, PassingError, explain, library, refuse
-from manifests.errors import IntegrityError, ManifestError, RemoteError
+from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError
 
 if TYPE_CHECKING:
     import urllib3
@@ -136,8 +136,15 @@ class Web:
             except self._library.exceptions.HTTPError as error:
                 patience.bear(explain(error, url))
 
-    def ask(self, url: str, headers: Mapping[str, str]) -> tuple["urllib3.BaseHTTPResponse", str]:
+    def ask(
+        self, url: str, headers: Mapping[str, str], where: str | None = None
+    ) -> tuple["urllib3.BaseHTTPResponse", str]:
         """One GET, redirects followed: the response, its body not read, and the address that gave it.
+
+        Args:
+            url: The address.
+            headers: To send with what is sent always.
+            where: What the address is called in messages, where it was led to itself.
 
         Raises:
             RemoteError: A redirect leads nowhere, in circles, or off TLS.
@@ -158,8 +165,8 @@ class Web:
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return response, at
             response.close()
-            at = _redirected(at, location)
-        raise RemoteError(f"{urls.shown(url)}: is redirected more than {_REDIRECTS} times")
+            at = _redirected(at, location, where or urls.shown(url))
+        raise RemoteError(f"{where or urls.shown(url)}: is redirected more than {_REDIRECTS} times")
 
     def tries(self, url: str) -> int:
         """Failures one behind the other that are borne."""
@@ -276,7 +283,7 @@ class RemoteFile:
             urllib3.exceptions.HTTPError: The connection failed.
         """
         asked = self._location
-        response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
+        response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"}, self.where)
         try:
             if asked != self.url and response.status in EXPIRED:
                 # What a redirect leads to is often signed for a while only.
@@ -473,17 +480,21 @@ def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> by
     return bytes(content)
 
 
-def _redirected(url: str, location: str) -> str:
+def _redirected(at: str, location: str, where: str) -> str:
+    """Where a redirect leads; `where` is who was asked at first, for messages: what is on the way may be secret."""
+    nowhere = f"{where}: is redirected to an address that leads nowhere"
     try:
         # What is not ASCII in it is mostly UTF-8, which arrives here as Latin-1.
-        location = location.encode("latin-1").decode("utf-8", "replace")
-        target = urljoin(url, location)
+        target = urljoin(at, location.encode("latin-1").decode("utf-8", "replace"))
         scheme = urlsplit(target).scheme
     except ValueError as error:
-        raise RemoteError(f"{urls.shown(url)}: is redirected to an address that leads nowhere") from error
+        raise RemoteError(nowhere) from error
     if scheme not in ("http", "https"):
-        raise RemoteError(f"{urls.shown(url)}: is redirected to {urls.shown(target)}, which is not followed")
-    if urlsplit(url).scheme == "https" and scheme == "http":
-        raise RemoteError(f"{urls.shown(url)}: is redirected from https to http, which is not followed")
-    # Not the password that a server writes into an address: nobody here gave it.
-    return urls.parse(target).url
+        raise RemoteError(f"{where}: is redirected to an address of {scheme!r:.20}, which is not followed")
+    if urlsplit(at).scheme == "https" and scheme == "http":
+        raise RemoteError(f"{where}: is redirected from https to http, which is not followed")
+    try:
+        # Not the password that a server writes into an address: nobody here gave it.
+        return urls.parse(target).url
+    except SourceNotFoundError as error:
+        raise RemoteError(nowhere) from error
