@@ -142,7 +142,7 @@ def test_a_redirect_may_be_relative_and_in_any_letters(server: FileServer) -> No
         assert file(server).read(0, 10) == CONTENT[:10]
 
 
-@pytest.mark.parametrize("location", ["http://host:port/?sig=secret", "http:///secret", "secret:x", "http://["])
+@pytest.mark.parametrize("location", ["http://host:port/?sig=secret", "secret:x", "http://["])
 def test_a_redirect_that_leads_nowhere_is_no_absence(server: FileServer, location: str) -> None:
     server.instead = lambda asked, right: Answer(302, {"Location": location})
     with pytest.raises(RemoteError, match="is redirected to an address") as refused:

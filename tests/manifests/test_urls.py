@@ -56,7 +56,7 @@ def test_parsed() -> None:
         ("http://host:port/a?sig=secret", "http://...: cannot be read"),
         ("http://user:secret@host\t/a", "http://...: cannot be read"),
         ("ftp://user:secret@host/a?sig=secret", "ftp://host/a: cannot be read"),
-        ("http://user:[secret@ho]st/a", "cannot be read"),
+        ("http://user:[::1]secret@ho]st/a", "cannot be read"),
     ],
 )
 def test_refused(text: str, says: str) -> None:
