@@ -42,7 +42,8 @@ READ_BYTES = 512 << 10
 
 CONNECTIONS = 64
 _REDIRECTS = 5
-_NO_RANGES = "does not serve ranges of files (it ignores Range)"
+_IF_AGAIN = ", and if that ends alike, the servers behind this address do not agree on it"
+_NO_RANGES = "the server does not serve ranges of files (it ignores Range)"
 _logger = logging.getLogger(__name__)
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
 
@@ -61,13 +62,18 @@ class Facts:
     etag: str | None
     modified: str | None
 
+    @property
+    def state(self) -> str | None:
+        """The server's name of this state: the ETag, weakened or not, or else the time."""
+        # A weak name is that of the same bytes, as far as the server knows: what packs on the way weakens it.
+        return (self.etag or "").removeprefix("W/") or self.modified
+
     def differs(self, other: "Facts") -> bool:
         """Whether both cannot be the same state. Servers behind one address may agree in one of their words only."""
         if self.size != other.size:
             return True
         if self.etag and other.etag:
-            # A weak name is that of the same bytes, as far as the server knows: what packs on the way weakens it.
-            return self.etag.removeprefix("W/") != other.etag.removeprefix("W/")
+            return self.state != other.state
         return None not in (self.modified, other.modified) and self.modified != other.modified
 
 
@@ -308,8 +314,7 @@ class RemoteFile:
         found = _CONTENT_RANGE.fullmatch(named)
         if response.status == 200 and found is None:
             page = response.headers.get("Content-Type", "").lower().startswith("text/html")
-            what = "sends a web page in its place; it may want you to log in" if page else _NO_RANGES
-            raise RemoteError(f"{self.where}: the server {what}")
+            raise RemoteError(f"{self.where}: {answers.WEB_PAGE if page else _NO_RANGES}")
         if response.status not in (200, 206, 416) or (found is None and response.status == 206):
             raise RemoteError(f"{self.where}: the server answers a range with status {response.status} and no range")
         if found is None:
@@ -320,7 +325,7 @@ class RemoteFile:
         with self._lock:
             known = self._facts = self._facts or facts
         if known.differs(facts):
-            raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again")
+            raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again{_IF_AGAIN}")
         if response.status == 416 or not known.size:
             if begin < known.size:
                 raise RemoteError(f"{self.where}: the server refuses bytes {begin} to {end} of {known.size}")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 from manifests import hub, urls
+from manifests.answers import WEB_PAGE
 from manifests.checkpoint import Checkpoint
 from manifests.config import model_facts, read_config
-from manifests.errors import ForbiddenError, SourceNotFoundError
+from manifests.errors import ForbiddenError, RemoteError, SourceNotFoundError
 from manifests.folder import Cut
 from manifests.header import LENGTH_BYTES, Header, header_bytes, parse_header
 from manifests.http import Document, RemoteFile, Web
@@ -112,12 +113,15 @@ class RemoteFolder:
             return None
         check_relative(name, what=str(self))
         try:
-            return self.web.read(urls.join(self.url, name), max_bytes=max_bytes, etag=etag, tries=tries)
+            found = self.web.read(urls.join(self.url, name), max_bytes=max_bytes, etag=etag, tries=tries)
         except ForbiddenError as error:
             if self.files is not None or etag is not None:
                 raise
             self.forbidden = error
             return None
+        if found is not None and name.endswith(".json") and found.content.lstrip()[:1] == b"<":
+            raise RemoteError(f"{self.where(name)}: {WEB_PAGE}")
+        return found
 
     def begin(self, name: str, size: int) -> tuple[bytes, int]:
         """See `manifests.folder.Folder`."""

@@ -408,3 +408,14 @@ def test_words_of_a_server_do_not_drive_a_terminal(monkeypatch: pytest.MonkeyPat
     result = program("manifests", "ls", "hf://org/name")
     assert result.code == 1
     assert result.err.rstrip("\n").isprintable()
+
+
+def test_a_page_to_log_in_is_called_one(server: FileServer, program: Program) -> None:
+    page = b"\r\n<!doctype html><title>Sign in</title>"
+    server.instead = lambda asked, right: Answer(200, {"Content-Type": "text/html"}, page)
+    for command in (["manifests", "ls"], ["reshard", "plan"]):
+        result = program(*command, f"{server.url}/plain")
+        assert result.code == 1
+        assert result.err.endswith(
+            f": {server.url}/plain/manifest.json: the server sends a web page in its place; it may want you to log in\n"
+        )
