@@ -26,6 +26,8 @@ FORBIDDEN = frozenset({401, 403})
 EXPIRED = ABSENT | FORBIDDEN | {400}
 """What servers say of a signed address whose time is over."""
 
+WEB_PAGE = "the server sends a web page in its place; it may want you to log in"
+
 _BUSY = frozenset({408, 425, 429})
 _FINAL = frozenset({501, 505, 511})
 _AS_THEY_ARE = frozenset({"", "identity", "aws-chunked"})

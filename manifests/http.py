@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from manifests import answers, urls
 from manifests.answers import ABSENT, EXPIRED, PassingError, explain, library, refuse
-from manifests.errors import IntegrityError, ManifestError, RemoteError
+from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError
 
 if TYPE_CHECKING:
     import urllib3
@@ -42,7 +42,8 @@ READ_BYTES = 512 << 10
 
 CONNECTIONS = 64
 _REDIRECTS = 5
-_NO_RANGES = "does not serve ranges of files (it ignores Range)"
+_IF_AGAIN = ", and if that ends alike, the servers behind this address do not agree on it"
+_NO_RANGES = "the server does not serve ranges of files (it ignores Range)"
 _logger = logging.getLogger(__name__)
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
 
@@ -61,13 +62,18 @@ class Facts:
     etag: str | None
     modified: str | None
 
+    @property
+    def state(self) -> str | None:
+        """The server's name of this state: the ETag, weakened or not, or else the time."""
+        # A weak name is that of the same bytes, as far as the server knows: what packs on the way weakens it.
+        return (self.etag or "").removeprefix("W/") or self.modified
+
     def differs(self, other: "Facts") -> bool:
         """Whether both cannot be the same state. Servers behind one address may agree in one of their words only."""
         if self.size != other.size:
             return True
         if self.etag and other.etag:
-            # A weak name is that of the same bytes, as far as the server knows: what packs on the way weakens it.
-            return self.etag.removeprefix("W/") != other.etag.removeprefix("W/")
+            return self.state != other.state
         return None not in (self.modified, other.modified) and self.modified != other.modified
 
 
@@ -136,8 +142,15 @@ class Web:
             except self._library.exceptions.HTTPError as error:
                 patience.bear(explain(error, url))
 
-    def ask(self, url: str, headers: Mapping[str, str]) -> tuple["urllib3.BaseHTTPResponse", str]:
+    def ask(
+        self, url: str, headers: Mapping[str, str], where: str | None = None
+    ) -> tuple["urllib3.BaseHTTPResponse", str]:
         """One GET, redirects followed: the response, its body not read, and the address that gave it.
+
+        Args:
+            url: The address.
+            headers: To send with what is sent always.
+            where: What the address is called in messages, where it was led to itself.
 
         Raises:
             RemoteError: A redirect leads nowhere, in circles, or off TLS.
@@ -158,8 +171,8 @@ class Web:
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return response, at
             response.close()
-            at = _redirected(at, location)
-        raise RemoteError(f"{urls.shown(url)}: is redirected more than {_REDIRECTS} times")
+            at = _redirected(at, location, where or urls.shown(url))
+        raise RemoteError(f"{where or urls.shown(url)}: is redirected more than {_REDIRECTS} times")
 
     def tries(self, url: str) -> int:
         """Failures one behind the other that are borne."""
@@ -280,7 +293,7 @@ class RemoteFile:
             urllib3.exceptions.HTTPError: The connection failed.
         """
         asked = self._location
-        response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"})
+        response, location = self.web.ask(asked, {"Range": f"bytes={begin}-{end - 1}"}, self.where)
         try:
             if asked != self.url and response.status in EXPIRED:
                 # What a redirect leads to is often signed for a while only.
@@ -305,8 +318,7 @@ class RemoteFile:
         found = _CONTENT_RANGE.fullmatch(named)
         if response.status == 200 and found is None:
             page = response.headers.get("Content-Type", "").lower().startswith("text/html")
-            what = "sends a web page in its place; it may want you to log in" if page else _NO_RANGES
-            raise RemoteError(f"{self.where}: the server {what}")
+            raise RemoteError(f"{self.where}: {answers.WEB_PAGE if page else _NO_RANGES}")
         if response.status not in (200, 206, 416) or (found is None and response.status == 206):
             raise RemoteError(f"{self.where}: the server answers a range with status {response.status} and no range")
         if found is None:
@@ -317,7 +329,7 @@ class RemoteFile:
         with self._lock:
             known = self._facts = self._facts or facts
         if known.differs(facts):
-            raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again")
+            raise IntegrityError(f"{self.where}: changed on the server since it was first read; run again{_IF_AGAIN}")
         if response.status == 416 or not known.size:
             if begin < known.size:
                 raise RemoteError(f"{self.where}: the server refuses bytes {begin} to {end} of {known.size}")
@@ -478,17 +490,21 @@ def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> by
     return bytes(content)
 
 
-def _redirected(url: str, location: str) -> str:
+def _redirected(at: str, location: str, where: str) -> str:
+    """Where a redirect leads; `where` is who was asked at first, for messages: what is on the way may be secret."""
+    nowhere = f"{where}: is redirected to an address that leads nowhere"
     try:
         # What is not ASCII in it is mostly UTF-8, which arrives here as Latin-1.
-        location = location.encode("latin-1").decode("utf-8", "replace")
-        target = urljoin(url, location)
+        target = urljoin(at, location.encode("latin-1").decode("utf-8", "replace"))
         scheme = urlsplit(target).scheme
     except ValueError as error:
-        raise RemoteError(f"{urls.shown(url)}: is redirected to an address that leads nowhere") from error
+        raise RemoteError(nowhere) from error
     if scheme not in ("http", "https"):
-        raise RemoteError(f"{urls.shown(url)}: is redirected to {urls.shown(target)}, which is not followed")
-    if urlsplit(url).scheme == "https" and scheme == "http":
-        raise RemoteError(f"{urls.shown(url)}: is redirected from https to http, which is not followed")
-    # Not the password that a server writes into an address: nobody here gave it.
-    return urls.parse(target).url
+        raise RemoteError(f"{where}: is redirected to an address of {scheme!r:.20}, which is not followed")
+    if urlsplit(at).scheme == "https" and scheme == "http":
+        raise RemoteError(f"{where}: is redirected from https to http, which is not followed")
+    try:
+        # Not the password that a server writes into an address: nobody here gave it.
+        return urls.parse(target).url
+    except SourceNotFoundError as error:
+        raise RemoteError(nowhere) from error

@@ -68,6 +68,7 @@ def resolve(text: str) -> Repository:
     """
     library = _library(text)
     repository, revision, folder = _parse(text)
+    text = urls.shown(text)
     token = library.get_token()
     try:
         info = library.HfApi().model_info(
@@ -119,6 +120,7 @@ def downloaded(text: str) -> Path:
     """
     library = _library(text)
     repository, revision, folder = _parse(text)
+    text = urls.shown(text)
     try:
         found = library.snapshot_download(repository, revision=revision, local_files_only=True)
     except Exception as error:
@@ -145,7 +147,9 @@ def _library(text: str) -> ModuleType:
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
-        raise ToolkitError(f"{text}: needs the package huggingface_hub: `pip install 'expert-reshard[hub]'`") from error
+        raise ToolkitError(
+            f"{urls.shown(text)}: needs the package huggingface_hub: `pip install 'expert-reshard[hub]'`"
+        ) from error
     return huggingface_hub
 
 

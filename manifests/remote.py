@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from manifests import gguf_files, hub, urls
+from manifests.answers import WEB_PAGE
 from manifests.checkpoint import Checkpoint
 from manifests.config import CONFIG_NAME, model_facts, read_config
 from manifests.errors import ForbiddenError, SourceNotFoundError
@@ -113,8 +114,10 @@ class RemoteFolder:
                 raise
             self.forbidden = error
             return None
-        is_page = found is not None and name.endswith(".json") and found.content.lstrip()[:1] == b"<"
-        return None if is_page else found
+        if found is not None and name.endswith(".json") and found.content.lstrip()[:1] == b"<":
+            self.forbidden = ForbiddenError(f"{self.where(name)}: {WEB_PAGE}")
+            return None
+        return found
 
     def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `manifests.folder.Folder`."""

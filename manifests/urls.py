@@ -12,6 +12,7 @@ from manifests.errors import SourceNotFoundError
 
 HUB_SCHEME = "hf"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PLAIN = "/%:@!$&'()*+,;=~-._"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -45,17 +46,18 @@ def parse(text: str) -> Address:
         SourceNotFoundError: It has another scheme, no host, or a port that is none.
     """
     parts = _split(text)
-    if parts is None or parts.scheme not in _PORTS or not parts.hostname:
+    host = "" if parts is None else parts.netloc.rpartition("@")[2]
+    # Once more without what stands before the host: a bracket there may have closed one behind it.
+    if parts is None or parts.scheme not in _PORTS or not parts.hostname or _split(f"http://{host}") is None:
         scheme = text.partition("://")[0].lower()
         advice = "give the path itself" if scheme == "file" else "http, https and hf addresses are read"
         raise SourceNotFoundError(f"{shown(text)}: cannot be read; {advice}")
     authorization = None
     if parts.username is not None:
         authorization = _basic(parts.username, parts.password or "")
-    host = parts.netloc.rpartition("@")[2]
     # Spaces and letters beyond ASCII may be typed; what is escaped already stays so.
-    path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-    return Address(url=urlunsplit((parts.scheme, host, path, parts.query, "")), authorization=authorization)
+    path, query = quote(parts.path, safe=_PLAIN), quote(parts.query, safe=_PLAIN + "?[]")
+    return Address(url=urlunsplit((parts.scheme, host, path, query, "")), authorization=authorization)
 
 
 def join(folder: str, name: str) -> str:
@@ -80,7 +82,8 @@ def shown(url: str) -> str:
     parts = _split(url)
     if parts is None:
         # Where its secret ends cannot be told.
-        return repr(url[:60]) if not {"@", "?", "#"} & set(url) else f"{url.partition('://')[0]!r:.20}://..."
+        scheme = _SCHEME.match(url)
+        return f"{scheme[0] if scheme else ''}..." if {"@", "?", "#"} & set(url) else repr(url[:60])
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

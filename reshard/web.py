@@ -69,8 +69,7 @@ class WebPlace:
         sha256 = self.sha256(name)
         if sha256 is not None:
             return {"state": f"sha256:{sha256}"}
-        facts = self._folder.file(name).facts
-        return {"state": facts.etag or facts.modified}
+        return {"state": self._folder.file(name).facts.state}
 
     def sha256(self, name: str) -> str | None:
         """See `Place`: the Hub publishes it of large files."""

@@ -142,6 +142,14 @@ def test_a_redirect_may_be_relative_and_in_any_letters(server: FileServer) -> No
         assert file(server).read(0, 10) == CONTENT[:10]
 
 
+@pytest.mark.parametrize("location", ["http://host:port/?sig=secret", "secret:x", "http://["])
+def test_a_redirect_that_leads_nowhere_is_no_absence(server: FileServer, location: str) -> None:
+    server.instead = lambda asked, right: Answer(302, {"Location": location})
+    with pytest.raises(RemoteError, match="is redirected to an address") as refused:
+        file(server).read(0, 10)
+    assert "secret" not in str(refused.value).replace("'secret'", "")  # a scheme is not
+
+
 def test_a_short_retry_after_does_not_shorten_the_pauses(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 1.0)

@@ -438,3 +438,13 @@ def test_the_address_of_a_document_leads_to_its_folder(server: FileServer, progr
         f"manifests: {server.url}/plain/{name}: is one file of a checkpoint; give its folder, {server.url}/plain\n"
     )
     assert (result.code, result.err) == (10, expected)
+
+
+def test_a_page_to_log_in_is_called_one(server: FileServer, program: Program) -> None:
+    page = b"\r\n<!doctype html><title>Sign in</title>"
+    server.instead = lambda asked, right: Answer(200, {"Content-Type": "text/html"}, page)
+    for command in (["manifests", "ls"], ["reshard", "plan"]):
+        result = program(*command, f"{server.url}/plain")
+        assert result.code == 1
+        place = f"{server.url}/plain/model.safetensors"
+        assert result.err.endswith(f": {place}: the server sends a web page in its place; it may want you to log in\n")

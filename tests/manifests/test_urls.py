@@ -50,12 +50,13 @@ def test_parsed() -> None:
         ("http://host/a\nHost: other", "http, https and hf addresses are read"),
         ("http://[::1/a", "http, https and hf addresses are read"),
         ("javascript://host/a", "http, https and hf addresses are read"),
-        ("http://user:secret@host:port/a", "'http'://...: cannot be read"),
-        ("http://user:pa/secret@host/a", "'http'://...: cannot be read"),
-        ("http://user:12#secret@host/a", "'http'://...: cannot be read"),
-        ("http://host:port/a?sig=secret", "'http'://...: cannot be read"),
-        ("http://user:secret@host\t/a", "'http'://...: cannot be read"),
+        ("http://user:secret@host:port/a", "http://...: cannot be read"),
+        ("http://user:pa/secret@host/a", "http://...: cannot be read"),
+        ("http://user:12#secret@host/a", "http://...: cannot be read"),
+        ("http://host:port/a?sig=secret", "http://...: cannot be read"),
+        ("http://user:secret@host\t/a", "http://...: cannot be read"),
         ("ftp://user:secret@host/a?sig=secret", "ftp://host/a: cannot be read"),
+        ("http://user:[::1]secret@ho]st/a", "cannot be read"),
     ],
 )
 def test_refused(text: str, says: str) -> None:

@@ -361,6 +361,30 @@ def test_a_file_that_changes_on_the_server_is_refused(many: FileServer, tmp_path
     assert program("reshard", "verify", out).code == 0
 
 
+def test_a_run_goes_on_under_another_signature_and_a_weakened_name(
+    many: FileServer, tmp_path: Path, program: Program
+) -> None:
+    """The first signature expires in mid-run; the server that answers the second one packs, so it weakens names."""
+    number = itertools.count(1)
+
+    def expire(asked: Asked, right: Answer) -> Answer | None:
+        is_late = asked.name.endswith(".safetensors") and next(number) > 60
+        return Answer(403, {}, b"<Error><Code>AccessDenied") if is_late else None
+
+    many.instead = expire
+    out = tmp_path / "out"
+    failed = program("reshard", "run", f"{many.url}?sig=one", out)
+    assert failed.code == 10
+    assert "the signature in the address may have expired" in failed.err
+    many.instead, etag = no_fault, many.etag
+    many.etag = lambda path: f"W/{etag(path)}"
+    sent = many.sent(".safetensors")
+    assert program("reshard", "run", f"{many.url}?sig=two", out).code == 0
+    assert program("reshard", "verify", out).code == 0
+    # It went on: not all was fetched again.
+    assert many.sent(".safetensors") - sent < sum(path.stat().st_size for path in many.root.glob("*.safetensors"))
+
+
 def test_a_busy_server_is_waited_for_as_long_as_it_asks(
     server: FileServer, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
