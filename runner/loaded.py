@@ -19,6 +19,7 @@ from manifests.config import read_object
 from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
 from manifests.inventory import open_model
+from manifests.remote import Watch
 from manifests.schema import PLAIN
 from manifests.shards import SUFFIX
 from runner import demo, kernels, quantised, trace
@@ -124,6 +125,7 @@ class LoadedModel:
             than one is.
         mtp_input: Which hidden states the MTP layer is given.
         cache_size: Bytes of disk that may keep what is fetched of checkpoints on servers; any number when not given.
+        watch: Is told how many of how many headers were read of original shards on a server.
 
     Attributes:
         name: The checkpoint's folder or address.
@@ -157,8 +159,9 @@ class LoadedModel:
         draft_tokens: int = 1,
         mtp_input: Takes = "normed",
         cache_size: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(path, cache_size)
+        checkpoint = open_checkpoint(path, cache_size, watch)
         if missing := checkpoint.missing_scales():
             # Said now, and not after minutes, when a token first needs one of them.
             raise ManifestError(
@@ -322,12 +325,15 @@ class LoadedModel:
         return self.engine.logits(ids)
 
 
-def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> manifests.Checkpoint:
+def open_checkpoint(
+    path: str | Path | None, cache_size: int | None = None, watch: Watch | None = None
+) -> manifests.Checkpoint:
     """Open a checkpoint for running; None is the embedded demo model.
 
     Args:
         path: Its path or its address.
         cache_size: See `LoadedModel`.
+        watch: See `LoadedModel`.
 
     Raises:
         SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
@@ -343,7 +349,7 @@ def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> m
     is_file = Path(path).suffix != gguf_files.SUFFIX and Path(path).is_file()
     if is_file or (urls.is_url(path) and urls.last_part(str(path)).endswith(SUFFIX)):
         raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
-    checkpoint = open_cached(str(path), cache_size) if urls.is_url(path) else open_model(path)
+    checkpoint = open_cached(str(path), cache_size, watch) if urls.is_url(path) else open_model(path)
     if not checkpoint.config:
         _refuse_without_config(path, checkpoint)
     if faults := checkpoint.unreadable():
