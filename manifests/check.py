@@ -41,7 +41,9 @@ def check_files(checkpoint: Checkpoint, watch: Callable[[int, int], None] | None
 def _check(folder: Folder, described: tuple[str, int, int, str | None]) -> list[Problem]:
     path, size, header_size, header_sha256 = described
     try:
-        raw, found = folder.begin(path, header_size if header_sha256 is not None else 1)
+        wanted = header_size if header_sha256 is not None else 1
+        with folder.open(path, first=wanted) as file:
+            raw, found = file.read(0, wanted), file.size
     except RemoteError:
         raise  # nothing is known of the file
     except ToolkitError as error:

@@ -34,8 +34,8 @@ def manifests() -> None:
       manifests ls DeepSeek-V3 --layer 3 --expert 17
 
     PATH is a resharded checkpoint, a plain checkpoint folder, a folder with one GGUF model, or one .safetensors or
-    .gguf file. It may also be the address of such a folder or .safetensors file on a web server, or
-    hf://organisation/name for a repository of the Hugging Face Hub.
+    .gguf file. It may also be the address of one of these on a web server, or hf://organisation/name for a repository
+    of the Hugging Face Hub.
     """
 
 

@@ -4,13 +4,14 @@ A folder on a server answers the same questions (`manifests.remote`). Knows name
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
 from manifests.errors import ManifestError
 from manifests.mapping import map_file
-from manifests.readable import open_regular
+from manifests.readable import Readable, open_regular
 from manifests.safety import resolve_inside
 
 Cut = Callable[[int, int], memoryview]
@@ -39,10 +40,15 @@ class Folder(Protocol):
             ManifestError: It is larger than max_bytes, or its name leaves the folder.
         """
 
-    def begin(self, name: str, size: int) -> tuple[bytes, int]:
-        """The first bytes of a file, at most so many, and the bytes of all of it.
+    def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
+        """A file, to be read here and there.
+
+        Args:
+            name: Its name.
+            first: How many bytes from its start on will be wanted at once; a server is asked for them by one request.
 
         Raises:
+            ManifestError: Its name leaves the folder.
             SourceNotFoundError: There is none.
         """
 
@@ -94,10 +100,9 @@ class LocalFolder:
             raise ManifestError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
         return raw
 
-    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+    def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `Folder`."""
-        with open_regular(resolve_inside(self.root, name)) as file:
-            return file.read(0, size), file.size
+        return open_regular(self.path(name))
 
     def path(self, name: str) -> Path:
         """The path of a file that is there.

@@ -151,15 +151,6 @@ def header_of(file: Readable) -> Header:
     return Header(raw=raw, tensors=tuple(tensors), metadata=metadata, file_bytes=file.size)
 
 
-def header_bytes(prefix: bytes, *, file_bytes: int, what: str) -> int:
-    """Bytes up to the payload, from the first LENGTH_BYTES of a file.
-
-    Raises:
-        ManifestError: It cannot be a safetensors file of this size.
-    """
-    return LENGTH_BYTES + _json_length(prefix, file_bytes, what)
-
-
 def encode_header(
     tensors: Sequence[HeaderTensor], *, metadata: Mapping[str, str] | None = None, align: int = 1
 ) -> bytes:

@@ -38,6 +38,7 @@ class Repository:
     Attributes:
         name: As it was asked for, for messages.
         url: Address of the folder, of one commit: later ones do not change it.
+        file: The file in it that was asked for; None for all of it.
         commit: That commit.
         authorization: The header that the Hub is asked with; None for nobody.
         files: What the folder holds, by relative path.
@@ -45,6 +46,7 @@ class Repository:
 
     name: str
     url: str
+    file: str | None
     commit: str
     authorization: str | None
     files: Mapping[str, Listed]
@@ -54,7 +56,8 @@ def resolve(text: str) -> Repository:
     """Ask the Hub for a repository.
 
     Args:
-        text: ``hf://org/name``, with ``@revision`` for a branch, tag or commit, and ``/folder`` for a part of it.
+        text: ``hf://org/name``, with ``@revision`` for a branch, tag or commit, and ``/folder`` for a part of it,
+            ``/file`` for one file.
 
     Raises:
         SourceNotFoundError: It is no such address, or the Hub has no such repository, or does not let you see it.
@@ -69,18 +72,25 @@ def resolve(text: str) -> Repository:
     except Exception as error:
         # The package passes on what its transport raises, which is of other classes in other versions.
         raise _refusal(text, library, error) from error
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    file = None
+    if folder in siblings:
+        folder, _, file = folder.rpartition("/")
     files = {
-        sibling.rfilename.removeprefix(f"{folder}/"): Listed(
+        name.removeprefix(f"{folder}/"): Listed(
             size=sibling.size or 0, sha256=sibling.lfs.sha256 if sibling.lfs is not None else None
         )
-        for sibling in info.siblings or ()
-        if not folder or sibling.rfilename.startswith(f"{folder}/")
+        for name, sibling in siblings.items()
+        if not folder or name.startswith(f"{folder}/")
     }
+    if folder and not files:
+        raise SourceNotFoundError(f"{text}: the repository has no such file or folder")
     endpoint = library.constants.ENDPOINT.rstrip("/")
     base = f"{endpoint}/{repository}/resolve/{info.sha}"
     return Repository(
-        name=text.rstrip("/"),
+        name=text.rstrip("/") if file is None else text.rstrip("/").rpartition("/")[0],
         url=f"{base}/{quote(folder)}" if folder else base,
+        file=file,
         commit=info.sha,
         authorization=f"Bearer {token}" if token else None,
         files=files,

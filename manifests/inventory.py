@@ -6,26 +6,25 @@ tensors needs one kind of description, wherever the bytes lie. Opening reads hea
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from manifests import gguf_files, hub, remote, urls
-from manifests.auxiliary import Auxiliary
 from manifests.checkpoint import Checkpoint
 from manifests.config import model_facts, read_config
-from manifests.errors import IncompleteError, ManifestError, SourceNotFoundError, UnsupportedModelError
-from manifests.folder import LocalFolder
-from manifests.header import Header, read_header
+from manifests.errors import IncompleteError, SourceNotFoundError
+from manifests.folder import Folder, LocalFolder
+from manifests.header import Header
 from manifests.in_place import describe_in_place
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
+from manifests.questions import Watch
 from manifests.readable import NOT_FOUND
-from manifests.safety import resolve_inside
 from manifests.schema import ModelFacts
-from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
+from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, read_header, source_order
 from manifests.storage import load
 
 
-def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
+def open(path: str | Path, watch: Watch | None = None) -> Checkpoint:
     """Open a resharded checkpoint, a plain checkpoint folder, a GGUF model, or one ``.safetensors`` or ``.gguf`` file.
 
     What is an address is read from its server; see `manifests.remote`.
@@ -43,69 +42,60 @@ def open(path: str | Path, watch: remote.Watch | None = None) -> Checkpoint:
         ManifestError: The manifest, the index or a header is invalid, or they contradict each other.
         RemoteError: A server cannot be reached, or does not do what is asked.
     """
+    return _open(path, gguf_files.read_file, watch)
+
+
+def open_set(path: str | Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for all of them where all are there."""
+    return _open(path, gguf_files.read_set_or_file)
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """As `open`, but one file of a split GGUF model stands for all of them, which must be there."""
+    return _open(path, gguf_files.read_set)
+
+
+def _open(
+    path: str | Path, read_gguf: Callable[[Folder, str], gguf_files.GgufModel], watch: Watch | None = None
+) -> Checkpoint:
     if urls.is_url(path):
         if not urls.is_hub(str(path)) or not hub.is_offline(str(path)):
-            return remote.open_remote(str(path), watch)
+            folder, name = remote.find(str(path))
+            if name is not None:
+                return _open_file(folder, name, read_gguf)
+            return remote.open_remote(folder, watch)
         path = hub.downloaded(str(path))
     path = Path(path)
     if path.is_file():
-        if path.suffix == gguf_files.SUFFIX:
-            return _open_gguf(path.parent, gguf_files.read_file(path))
-        if path.suffix != SUFFIX:
-            raise SourceNotFoundError(f"{path}: not a {SUFFIX} or {gguf_files.SUFFIX} file and not a folder")
-        return Checkpoint(LocalFolder(path.parent), describe_in_place({path.name: read_header(path)}, ModelFacts()))
+        return _open_file(LocalFolder(path.parent), path.name, read_gguf)
+    return _open_folder(path)
+
+
+def _open_file(folder: Folder, name: str, read_gguf: Callable[[Folder, str], gguf_files.GgufModel]) -> Checkpoint:
+    if name.endswith(gguf_files.SUFFIX):
+        return gguf_files.open_gguf(folder, read_gguf(folder, name))
+    if name.endswith(SUFFIX):
+        return Checkpoint(folder, describe_in_place({name: read_header(folder, name)}, ModelFacts()))
+    raise SourceNotFoundError(f"{folder.where(name)}: not a {SUFFIX} or {gguf_files.SUFFIX} file and not a folder")
+
+
+def _open_folder(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise SourceNotFoundError(f"{path}: no such file or folder")
     if (path / MANIFEST_NAME).exists():
         return Checkpoint(LocalFolder(path), load(path))
     check_finished(path)
-    if names := find_gguf(path):
-        return _open_gguf(path, gguf_files.read_folder(path, names))
     folder = LocalFolder(path)
+    if names := find_gguf(path):
+        return gguf_files.open_gguf(folder, gguf_files.read_folder(folder, names))
     return Checkpoint(folder, describe_in_place(read_shards(path), model_facts(read_config(folder))))
-
-
-def open_set(path: str | Path) -> Checkpoint:
-    """As `open_model` where all files of a set are there; one of them alone is worth having, too.
-
-    Raises:
-        SourceNotFoundError, IncompleteError, ManifestError: See `open`.
-    """
-    if urls.is_url(path):
-        return open(path)
-    path = Path(path)
-    names = gguf_files.set_names(path.name)
-    if len(names) > 1 and all((path.parent / name).is_file() for name in names):
-        return _open_gguf(path.parent, gguf_files.read_folder(path.parent, names))
-    return open(path)
-
-
-def open_model(path: str | Path) -> Checkpoint:
-    """As `open`, but one file of a split GGUF model stands for all of them."""
-    if urls.is_url(path):
-        return open(path)
-    path = Path(path)
-    if path.suffix == gguf_files.SUFFIX and path.is_file():
-        return _open_gguf(path.parent, gguf_files.read_set(path))
-    return open(path)
 
 
 def find_gguf(folder: Path) -> list[str]:
     """Names of the GGUF files of a folder, sorted; none where it has safetensors, for it is then that checkpoint's."""
     if (folder / INDEX_NAME).exists() or any(entry.suffix == SUFFIX for entry in folder.iterdir()):
         return []
-    return gguf_files.find_gguf(folder)
-
-
-def _open_gguf(root: Path, model: gguf_files.GgufModel) -> Checkpoint:
-    try:
-        facts = model_facts(model.config() or {"model_type": model.architecture})
-    except (ManifestError, UnsupportedModelError):
-        # Said to whoever asks for the config; what tensors there are can be told without it.
-        facts = model_facts({"model_type": model.architecture})
-    folder = LocalFolder(root)
-    auxiliary = Auxiliary(folder, model.auxiliary, derived_from=len(next(iter(model.shards.values())).raw))
-    return Checkpoint(folder, describe_in_place(model.shards, facts), model.config, auxiliary)
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix == gguf_files.SUFFIX and entry.is_file())
 
 
 def check_finished(folder: Path) -> None:
@@ -148,7 +138,7 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
             raise SourceNotFoundError(
                 f"{root}: {len(names)} {SUFFIX} files but no {INDEX_NAME}; download the index, or name one file"
             )
-        return {names[0]: read_header(resolve_inside(root, names[0]))}
+        return {names[0]: read_header(folder, names[0])}
     weight_map = parse_weight_map(raw, what=folder.where(INDEX_NAME))
     names = source_order(weight_map.values())
     missing = [name for name in names if name not in absent and not _is_file(root / name)]
@@ -157,7 +147,7 @@ def read_shards(root: Path, absent: Mapping[str, Header] | None = None) -> dict[
         raise SourceNotFoundError(
             f"{root}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; download them{used_up}"
         )
-    shards = {name: absent.get(name) or read_header(resolve_inside(root, name)) for name in names}
+    shards = {name: absent.get(name) or read_header(folder, name) for name in names}
     check_index(str(root), weight_map, shards)
     return shards
 

@@ -13,6 +13,9 @@ from typing import TypeVar
 S = TypeVar("S")
 T = TypeVar("T")
 
+Watch = Callable[[int, int], None]
+"""Is told how many of how many there are."""
+
 
 def each(ask: Callable[[S], T], names: Sequence[S], *, at_once: int) -> Generator[T, None, None]:
     """The answer for each of these, in their order.

@@ -5,33 +5,27 @@ their bytes.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
-from manifests import hub, urls
+from manifests import gguf_files, hub, urls
 from manifests.checkpoint import Checkpoint
 from manifests.config import model_facts, read_config
 from manifests.errors import SourceNotFoundError
 from manifests.folder import Cut
-from manifests.header import LENGTH_BYTES, Header, header_bytes, parse_header
+from manifests.header import Header
 from manifests.http import RemoteFile, Web
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
-from manifests.questions import each
+from manifests.questions import Watch
+from manifests.readable import Readable
 from manifests.safety import check_relative
-from manifests.schema import ModelFacts
-from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, source_order
+from manifests.shards import MAX_INDEX_BYTES, SUFFIX, check_index, parse_weight_map, read_headers, source_order
 from manifests.storage import MAX_MANIFEST_BYTES, decode
-
-FIRST_BYTES = 96 << 10
-"""Asked for at first: DeepSeek-V3's headers, of about 600 tensors each, are shorter, so one request is all."""
 
 REQUESTS_AT_ONCE = 16
 SINGLE_NAME = f"model{SUFFIX}"
 """The file of a checkpoint without an index, as its writers call it."""
-
-Watch = Callable[[int, int], None]
-"""Is told how many of how many headers were read."""
 
 
 class RemoteFolder:
@@ -98,10 +92,9 @@ class RemoteFolder:
         found = self.web.read(urls.join(self.url, name), max_bytes=max_bytes)
         return None if found is None else found.content
 
-    def begin(self, name: str, size: int) -> tuple[bytes, int]:
+    def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
         """See `manifests.folder.Folder`."""
-        file = self.file(name)
-        return file.begin(size), file.facts.size
+        return nullcontext(_begun(self.file(name), first))
 
     def require(self, name: str) -> None:
         """See `manifests.folder.Folder`; nothing is asked, the file's own bytes will tell."""
@@ -113,11 +106,11 @@ class RemoteFolder:
         return lambda begin, end: memoryview(file.read(begin, end)).toreadonly()
 
 
-def open_remote(text: str, watch: Watch | None = None) -> Checkpoint:
-    """Open a checkpoint on a web server or on the Hugging Face Hub.
+def open_remote(folder: RemoteFolder, watch: Watch | None = None) -> Checkpoint:
+    """Open the checkpoint of a folder on a web server or on the Hugging Face Hub.
 
     Args:
-        text: The address of a folder with a manifest or with shards, or of one ``.safetensors`` file.
+        folder: The folder.
         watch: Is told how far the headers are.
 
     Raises:
@@ -126,32 +119,42 @@ def open_remote(text: str, watch: Watch | None = None) -> Checkpoint:
         IntegrityError: A file changed while it was read.
         RemoteError: The server cannot be reached, or does not do what is asked.
     """
-    folder = find_folder(text)
-    if folder.url.endswith(SUFFIX):
-        name = urls.last_part(folder.url)
-        folder = RemoteFolder(folder.web, urls.parent(folder.url))
-        return Checkpoint(folder, describe_in_place(read_headers(folder, [name], watch), ModelFacts()))
     raw = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     if raw is not None:
         return Checkpoint(folder, decode(raw, what=folder.where(MANIFEST_NAME)))
+    if names := find_gguf(folder):
+        return gguf_files.open_gguf(folder, gguf_files.read_folder(folder, names, watch=watch))
     return Checkpoint(folder, describe_in_place(read_shards(folder, watch), model_facts(read_config(folder))))
 
 
-def find_folder(text: str) -> RemoteFolder:
-    """The folder that an address names; nothing of it is read but what the Hub says of a repository.
+def find(text: str) -> tuple[RemoteFolder, str | None]:
+    """The folder that an address names, and the file in it where it names one.
+
+    Nothing is read but what the Hub says of a repository. Other servers do not say what is a file, and its name must.
 
     Raises:
-        SourceNotFoundError: It is no address that can be read, or the Hub has no such repository.
+        SourceNotFoundError: It is no address that can be read, or the Hub has nothing of the name.
         RemoteError: The Hub cannot be reached.
         ToolkitError: A package is not installed that this needs.
     """
     if urls.is_hub(text):
         found = hub.resolve(text)
         web = Web({urls.origin(found.url): found.authorization} if found.authorization else None)
-        return RemoteFolder(web, found.url, name=found.name, files=found.files)
+        return RemoteFolder(web, found.url, name=found.name, files=found.files), found.file
     address = urls.parse(text)
     web = Web({urls.origin(address.url): address.authorization} if address.authorization else None)
-    return RemoteFolder(web, address.url)
+    name = urls.last_part(address.url)
+    if name.endswith((SUFFIX, gguf_files.SUFFIX)):
+        return RemoteFolder(web, urls.parent(address.url)), name
+    return RemoteFolder(web, address.url), None
+
+
+def find_gguf(folder: RemoteFolder) -> list[str]:
+    """Names of the GGUF files of a folder, sorted; none where it has safetensors, or where nobody lists its files."""
+    names = [name for name in folder.files or () if "/" not in name]
+    if any(name.endswith(SUFFIX) or name == INDEX_NAME for name in names):
+        return []
+    return sorted(name for name in names if name.endswith(gguf_files.SUFFIX))
 
 
 def read_shards(folder: RemoteFolder, watch: Watch | None = None) -> dict[str, Header]:
@@ -183,7 +186,8 @@ def read_indexed(folder: RemoteFolder, raw: bytes | None, watch: Watch | None = 
             return read_headers(folder, [SINGLE_NAME], watch)
         except SourceNotFoundError as error:
             raise SourceNotFoundError(
-                f"{folder}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SINGLE_NAME} there"
+                f"{folder}: no {MANIFEST_NAME}, no {INDEX_NAME} and no {SINGLE_NAME} there; of a GGUF model give the "
+                "address of the file"
             ) from error
     weight_map = parse_weight_map(raw, what=folder.where(INDEX_NAME))
     shards = read_headers(folder, source_order(weight_map.values()), watch)
@@ -191,30 +195,14 @@ def read_indexed(folder: RemoteFolder, raw: bytes | None, watch: Watch | None = 
     return shards
 
 
-def read_headers(folder: RemoteFolder, names: Sequence[str], watch: Watch | None = None) -> dict[str, Header]:
-    """The headers of these files, many at once, in the order of the names.
-
-    Raises:
-        See `open_remote`.
-    """
-    found: dict[str, Header] = {}
-    with closing(each(lambda name: read_header(folder.file(name)), names, at_once=REQUESTS_AT_ONCE)) as headers:
-        for name, header in zip(names, headers, strict=True):
-            found[name] = header
-            if watch is not None:
-                watch(len(found), len(names))
-    return found
-
-
-def read_header(file: RemoteFile) -> Header:
-    """The header of one safetensors file, of which no more than that is read.
-
-    Raises:
-        See `open_remote`.
-    """
-    raw = file.begin(FIRST_BYTES)
+def _begun(file: RemoteFile, first: int) -> Readable:
+    """A file, of which the first bytes are asked for now: most who read it need no others."""
+    raw = file.begin(first)
     size = file.facts.size
-    wanted = header_bytes(raw[:LENGTH_BYTES], file_bytes=size, what=file.where)
-    if wanted > len(raw):
-        raw += file.read(len(raw), wanted)
-    return parse_header(raw, file_bytes=size, what=file.where)
+
+    def read(offset: int, count: int) -> bytes:
+        end = min(offset + count, size)
+        rest = file.read(max(offset, len(raw)), end) if end > max(offset, len(raw)) else b""
+        return raw[offset:end] + rest
+
+    return Readable(what=file.where, size=size, read=read)

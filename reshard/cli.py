@@ -51,8 +51,8 @@ def reshard() -> None:
       reshard run     DeepSeek-V3 DeepSeek-V3-experts
       reshard restore DeepSeek-V3-experts --check
 
-    Tensor bytes never change. SRC is a folder with shards and config.json as published, or its
-    address, or a GGUF file.
+    Tensor bytes never change. SRC is a folder with shards and config.json as published, or a GGUF file, or the
+    address of one of these.
     """
 
 
@@ -202,8 +202,8 @@ def _confirm(source: SourceCheckpoint, planned: Plan, *, consume: bool, yes: boo
 
 def _shards_of(source: SourceCheckpoint) -> str:
     """What --consume frees of a source: of a folder in which one GGUF file was named, no other file."""
-    path, others = printable(str(source.path)), len(source.shards) - 1
-    if source.path == source.root:
+    path, others = printable(source.name), len(source.shards) - 1
+    if source.file is None:
         return f"the shards of {path}"
     return f"{path} and the {counted(others, 'other file')} of its set" if others else path
 

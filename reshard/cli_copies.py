@@ -60,7 +60,7 @@ def verify(dst: Path, against: Path | str | None, jobs: int, as_json: bool, quie
     total += sum(document.size for document in checkpoint.manifest.documents)
     if root is not None:
         total += sum(shard.size for shard in source.shards if shard.sha256 is not None)
-    place = verifying.find_published(str(against)) if against is not None and root is None else None
+    place = verifying.find_published(checkpoint, str(against)) if against is not None and root is None else None
     unproven: list[str] = []
     events = EventStream(enabled=as_json)
     with events.show_progress(total, label="verify", quiet=quiet) as progress:

@@ -21,7 +21,7 @@ from manifests.storage import sync_folder
 from reshard.blocks import ALIGN_BYTES, BLOCK_BYTES, Writer, aligned_buffer, temporary_path, write_error
 from reshard.filesystem import existing_folder, free_inodes
 from reshard.lock import lock_folder
-from reshard.readable import LocalFile, Readable, read_blocks
+from reshard.openable import LocalFile, Openable, read_blocks
 
 
 def check_apart(source: Path | None, destination: Path) -> None:
@@ -222,7 +222,7 @@ def copy_file(source: Path, destination: Path) -> tuple[int, str]:
     return size, copy_readable(LocalFile(source), size, destination)
 
 
-def copy_readable(source: Readable, size: int, destination: Path) -> str:
+def copy_readable(source: Openable, size: int, destination: Path) -> str:
     """Copy one small file from wherever it is, as `copy_file` does; return its sha256."""
     hasher = hashlib.sha256()
     with closing(source.open()) as reader:
@@ -249,7 +249,7 @@ def hash_file(path: Path) -> str:
     return hash_readable(LocalFile(path), path.stat().st_size)
 
 
-def hash_readable(file: Readable, size: int) -> str:
+def hash_readable(file: Openable, size: int) -> str:
     """The sha256 of a whole file of so many bytes, wherever it is."""
     hasher = hashlib.sha256()
     with closing(file.open()) as reader:

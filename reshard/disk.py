@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from reshard.blocks import BLOCK_BYTES, Reader, Writer, aligned_buffer
-from reshard.readable import Readable
+from reshard.openable import Openable
 
 SAMPLE_BYTES = 256 << 20
 READ_SECONDS = 0.5
@@ -49,7 +49,7 @@ def measure_read_rate(path: Path, *, sample_bytes: int = SAMPLE_BYTES) -> float 
     return done / seconds if done >= BLOCK_BYTES else None
 
 
-def measure_arrival_rate(file: Readable, begin: int, end: int) -> float | None:
+def measure_arrival_rate(file: Openable, begin: int, end: int) -> float | None:
     """Bytes per second at which a range of a file, which is not empty, arrives from elsewhere: after the first block.
 
     Returns:

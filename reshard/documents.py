@@ -12,7 +12,7 @@ from manifests.paths import INDEX_NAME, SOURCE_FOLDER
 from manifests.schema import Document
 from reshard.archive import pack
 from reshard.destination import copy_readable, write_file
-from reshard.readable import Readable
+from reshard.openable import Openable
 from reshard.source import SourceCheckpoint
 
 INDEX_PATH = f"{SOURCE_FOLDER}/index.json.zst"
@@ -25,13 +25,27 @@ def header_paths(shards: Iterable[str]) -> dict[str, str]:
     return {name: f"{SOURCE_FOLDER}/headers/{number:0{width}d}.zst" for number, name in enumerate(names, start=1)}
 
 
-def write_kept(source: SourceCheckpoint, destination: Path) -> list[Document]:
-    """Write all that is kept of a source beside its payload: small files, headers, its index."""
+def write_kept(source: SourceCheckpoint, destination: Path, earlier: Iterable[Document] = ()) -> list[Document]:
+    """Write all that is kept of a source beside its payload: small files, headers, its index.
+
+    Args:
+        source: The source.
+        destination: Folder.
+        earlier: What the manifest has that is about to be replaced. Small files stay: this time the source may have
+            been named so that they are not seen, such as by one GGUF file.
+    """
     documents = [
         _copy_auxiliary(destination, source.place.file(file.path), source.place.size(file.path), file.path)
         for file in source.auxiliary
     ]
-    documents += [_write_own(destination, path, "generated", content) for path, content in source.generated.items()]
+    copied = {document.path for document in documents}
+    documents += [document for document in earlier if document.role == "auxiliary" and document.path not in copied]
+    copied = {document.path for document in documents}
+    documents += [
+        _write_own(destination, path, "generated", content)
+        for path, content in source.generated.items()
+        if path not in copied
+    ]
     for shard, path in header_paths(source.shards).items():
         documents.append(_write_packed(destination, path, "source_header", shard, source.shards[shard].rest))
     if source.index is not None:
@@ -72,7 +86,7 @@ def _write_own(destination: Path, path: str, role: str, content: bytes) -> Docum
     )
 
 
-def _copy_auxiliary(destination: Path, source: Readable, size: int, path: str) -> Document:
+def _copy_auxiliary(destination: Path, source: Openable, size: int, path: str) -> Document:
     sha256 = copy_readable(source, size, destination / path)
     return Document(
         path=path,

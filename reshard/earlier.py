@@ -25,10 +25,10 @@ from reshard.archive import unpack
 from reshard.destination import block_for, hash_readable
 from reshard.documents import header_paths
 from reshard.journal import CONSUMES, JournalContents, is_consuming, is_digest, read_journal
+from reshard.openable import read_blocks
 from reshard.places import Place
 from reshard.plan import Plan, PlannedTensor, SelectionError
 from reshard.progress import Progress
-from reshard.readable import read_blocks
 from reshard.saved import parse_saved, read_saved_headers
 from reshard.source import SourceCheckpoint
 from reshard.transfer import Durable, pending_shards

@@ -37,7 +37,7 @@ class _Segment:
 
 
 class FetchingReader:
-    """A remote file while the ranges that were announced are read, front to back; see `reshard.readable`.
+    """A remote file while the ranges that were announced are read, front to back; see `reshard.openable`.
 
     Args:
         file: The file.

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 from manifests import gguf_files
 from manifests.errors import ManifestError
-from manifests.header import Header, read_header
+from manifests.folder import Folder, LocalFolder
+from manifests.header import Header
 from manifests.safety import resolve_inside
+from manifests.shards import read_header
 from reshard.blocks import Reader, data_bytes
-from reshard.readable import LocalFile, Readable
+from reshard.openable import LocalFile, Openable
 from reshard.workers import StopFlag
 
 Range = tuple[int, int]
@@ -56,7 +58,7 @@ class Place(Protocol):
     def sha256(self, name: str) -> str | None:
         """What the place itself says that the sha256 of a file is; None when it does not."""
 
-    def file(self, name: str) -> Readable:
+    def file(self, name: str) -> Openable:
         """A file, to be read here and there.
 
         Raises:
@@ -75,7 +77,7 @@ class Place(Protocol):
 
     def reading(
         self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
-    ) -> AbstractContextManager[Readable]:
+    ) -> AbstractContextManager[Openable]:
         """A shard while it is read front to back: it must be the file that was planned from, and stay it.
 
         Args:
@@ -88,6 +90,14 @@ class Place(Protocol):
         Raises:
             ManifestError, IntegrityError: It changed.
         """
+
+
+def header_of(folder: Folder, name: str) -> Header:
+    """The header of a shard of a folder, see `Place.header`."""
+    if not name.endswith(gguf_files.SUFFIX):
+        return read_header(folder, name)
+    (header,) = gguf_files.read_file(folder, name).shards.values()
+    return gguf_files.with_gaps(folder, name, header)
 
 
 class LocalPlace:
@@ -134,11 +144,7 @@ class LocalPlace:
 
     def header(self, name: str) -> Header:
         """See `Place`."""
-        path = resolve_inside(self._root, name)
-        if path.suffix != gguf_files.SUFFIX:
-            return read_header(path)
-        (header,) = gguf_files.read_file(path).shards.values()
-        return gguf_files.with_gaps(path, header)
+        return header_of(LocalFolder(self._root), name)
 
     def divide(self, jobs: int, shards: int) -> int:
         """See `Place`."""
@@ -147,7 +153,7 @@ class LocalPlace:
     @contextmanager
     def reading(
         self, name: str, header: Header, ranges: Iterable[Range], *, connections: int, stop: StopFlag
-    ) -> Iterator[Readable]:
+    ) -> Iterator[Openable]:
         """See `Place`."""
         file = self.file(name)
         before = file.path.stat()

@@ -28,9 +28,9 @@ from reshard.archive import pack, unpack_blocks, write_packed
 from reshard.blocks import Writer, new_block, temporary_path
 from reshard.documents import write_index
 from reshard.generated import config_document
+from reshard.openable import LocalFile, Openable, PackedFile, read_blocks
 from reshard.plan import PAGE_BYTES
 from reshard.progress import Progress
-from reshard.readable import LocalFile, PackedFile, Readable, read_blocks
 from reshard.saved import find_origins, read_document
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.verify import Damage, checks_of
@@ -100,7 +100,7 @@ class Rebuilder:
         taken = 0
         with self._replace(file.path, file.size) as writer:
             for check, tensor in wanted:
-                taken_from: Readable = own
+                taken_from: Openable = own
                 begin = check.begin
                 if any(found.begin < check.end and check.begin < found.end for found in damage):
                     location = self._locate(tensor)
@@ -142,7 +142,7 @@ class Rebuilder:
     ) -> Generator[memoryview, None, None]:
         """The payload of a file as the source has it, each tensor proven before the next; `whole` takes all of it."""
         buffer = self._ring.take()
-        before: Readable | None = None
+        before: Openable | None = None
         try:
             with ExitStack() as opened:
                 for tensor in file.tensors:
@@ -277,7 +277,7 @@ class Rebuilder:
             return document.source_name or document.path
         return None
 
-    def _file(self, name: str, stored: FileEntry | Location) -> Readable:
+    def _file(self, name: str, stored: FileEntry | Location) -> Openable:
         """A file of the source, read as if it were plain."""
         if stored.codec == "none":
             return self._place.file(name)
@@ -298,7 +298,7 @@ class Rebuilder:
             if hasher.hexdigest() != sha256:
                 raise IntegrityError(f"{source}: is not the file that {self._root} had; give another copy")
 
-    def _wrong(self, tensor: TensorEntry, file: Readable, begin: int, size: int) -> IntegrityError:
+    def _wrong(self, tensor: TensorEntry, file: Openable, begin: int, size: int) -> IntegrityError:
         return IntegrityError(
             f"{file}: bytes {begin}-{begin + size} are not those that {self._root} had of tensor {tensor.name!r}; give "
             "another copy"
@@ -333,6 +333,6 @@ class Rebuilder:
         return content
 
 
-def _local_file(root: Path, stored: FileEntry | Location) -> Readable:
+def _local_file(root: Path, stored: FileEntry | Location) -> Openable:
     path = resolve_inside(root, stored.path if isinstance(stored, FileEntry) else stored.file)
     return LocalFile(path) if stored.codec == "none" else PackedFile(path, stored.unpacked_size)

@@ -41,8 +41,8 @@ from reshard.destination import (
 )
 from reshard.journal import CONSUMES, Journal, JournalContents, is_consuming, read_journal
 from reshard.lock import lock_folder
+from reshard.openable import LocalFile, PackedFile
 from reshard.progress import Progress
-from reshard.readable import LocalFile, PackedFile
 from reshard.saved import read_document, read_saved_headers, require_source
 from reshard.streams import Given, Piece, Ring, Target, pump
 from reshard.verify import verify

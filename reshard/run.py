@@ -257,7 +257,8 @@ class _Run:
         journal = self._open_journal(earlier)
         self._progress.skip(kept - self._read_back_bytes(durable))
         try:
-            documents = write_kept(self._source, self._destination)
+            there = () if earlier.manifest is None else earlier.manifest.documents
+            documents = write_kept(self._source, self._destination, there)
             sync_folders(self._destination)
             self._move(durable, journal, hold)
             hold.keep()

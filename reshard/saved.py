@@ -7,7 +7,7 @@ from manifests.checkpoint import Checkpoint
 from manifests.digest import sha256_hex
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from manifests.gguf import MAGIC
-from manifests.gguf_files import parse_saved as parse_saved_gguf
+from manifests.gguf_headers import parse_saved as parse_saved_gguf
 from manifests.header import Header, parse_header
 from manifests.schema import Document, Source
 from reshard.archive import unpack

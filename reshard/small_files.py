@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from manifests.errors import ManifestError
+from manifests.folder import Folder, LocalFolder
 from manifests.header import Header
 from manifests.paths import ASIDE_NAME, INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME, OWN_FOLDERS, TEMP_SUFFIX
 from manifests.questions import each
@@ -65,6 +66,20 @@ class AuxiliaryFile:
 
 Found = tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]
 """Files to copy, sorted by path; and what is left out, each with its reason."""
+
+
+def list_small(folder: Folder, shards: Mapping[str, Header]) -> Found:
+    """The small files of a folder, wherever it lies.
+
+    Raises:
+        ManifestError, RemoteError: See below.
+    """
+    if isinstance(folder, LocalFolder):
+        return list_folder(folder.root, shards)
+    assert isinstance(folder, RemoteFolder)
+    if folder.files is None:
+        return ask_for_usual(folder)
+    return list_repository(folder, {name: listed.size for name, listed in folder.files.items()}, shards)
 
 
 def list_folder(root: Path, shards: Mapping[str, Header]) -> Found:

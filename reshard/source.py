@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manifests import gguf_files, gguf_tokenizer, hub, urls
+from manifests import gguf_files, gguf_headers, gguf_tokenizer, hub, urls
 from manifests.config import CONFIG_NAME, read_config
 from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
-from manifests.folder import LocalFolder
+from manifests.folder import Folder, LocalFolder
 from manifests.header import Header
 from manifests.inventory import check_finished, find_gguf, read_shards
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
-from manifests.remote import RemoteFolder, Watch, find_folder, read_index, read_indexed
+from manifests.questions import Watch
+from manifests.remote import RemoteFolder, find, read_index, read_indexed
+from manifests.remote import find_gguf as find_remote_gguf
 from manifests.safety import require_folder, resolve_inside
-from manifests.shards import SUFFIX
 from reshard.generated import config_document
 from reshard.places import LocalPlace, Place
-from reshard.small_files import AuxiliaryFile, ask_for_usual, list_folder, list_repository
-from reshard.web import WebPlace
+from reshard.small_files import AuxiliaryFile, list_folder, list_small
+from reshard.web import WebPlace, place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,8 @@ class SourceCheckpoint:
 
     Attributes:
         place: Its folder.
-        path: What was named: the folder, or a GGUF file in it, of which nothing else is taken but the rest of its set;
-            None when it is not on this machine.
+        file: The GGUF file in it that was named, so that nothing else is taken but the rest of its set; None when the
+            folder was.
         kind: What its shards are, one of `manifests.schema.SOURCE_KINDS`.
         shards: Headers by relative path, in source order.
         index: The bytes of model.safetensors.index.json; None when there is a single file without one.
@@ -43,7 +44,7 @@ class SourceCheckpoint:
     """
 
     place: Place
-    path: Path | None
+    file: str | None = None
     kind: str = "safetensors"
     shards: Mapping[str, Header]
     index: bytes | None
@@ -55,7 +56,12 @@ class SourceCheckpoint:
     @property
     def name(self) -> str:
         """What was named, for messages."""
-        return str(self.place if self.path is None else self.path)
+        return str(self.place) if self.file is None else self.place.where(self.file)
+
+    @property
+    def path(self) -> Path | None:
+        """The path of what was named; None when it is not on this machine."""
+        return None if self.place.root is None else Path(self.place.root, self.file or "")
 
     @property
     def root(self) -> Path:
@@ -99,7 +105,7 @@ def read_source(
     """Look at a checkpoint.
 
     Args:
-        source: Its folder, or a GGUF file; or the address of a folder.
+        source: Its folder, or a GGUF file; or the address of one of these.
         freed: Headers of shards that an earlier run used up, so that they are not there any more.
         watch: Is told how far the headers are that a server is asked for.
 
@@ -111,50 +117,26 @@ def read_source(
     """
     path, root, freed = local_path(source), source_root(source), freed or {}
     if path is None or root is None:
-        return _read_remote(find_folder(str(source)), watch)
+        return _read_remote(*find(str(source)), watch)
+    folder = LocalFolder(root)
     if root != path:
-        names = gguf_files.set_names(path.name)
-        there = [name for name in names if (root / name).is_file()]
+        there = gguf_files.names_there(folder, path.name)
         if path.name not in freed and path.name not in there:
             raise SourceNotFoundError(f"{path}: no such file; give a GGUF file, or the folder of a checkpoint")
-        return _read_gguf(path, root, there, freed)
+        return _read_gguf(folder, path.name, gguf_files.read_folder(folder, there, freed), freed)
     require_folder(root, "give the folder that holds the checkpoint's shards, or a GGUF file")
     if (root / MANIFEST_NAME).exists():
         raise ManifestError(f"{root}: has a {MANIFEST_NAME}, so it is already resharded; `reshard restore` undoes it")
     check_finished(root)
     names = find_gguf(root)
     if names or any(name.endswith(gguf_files.SUFFIX) for name in freed):
-        return _read_gguf(path, root, names, freed)
+        return _read_gguf(folder, None, gguf_files.read_folder(folder, names, freed), freed)
     shards = read_shards(root, freed)
     index_path = root / INDEX_NAME
     index = resolve_inside(root, INDEX_NAME).read_bytes() if index_path.exists() else None
     auxiliary, left_out = list_folder(root, shards)
     return SourceCheckpoint(
         place=LocalPlace(root),
-        path=path,
-        shards=shards,
-        index=index,
-        config=read_config(LocalFolder(root)),
-        auxiliary=auxiliary,
-        left_out=left_out,
-    )
-
-
-def _read_remote(folder: RemoteFolder, watch: Watch | None) -> SourceCheckpoint:
-    if folder.url.endswith((SUFFIX, gguf_files.SUFFIX)):
-        raise SourceNotFoundError(f"{folder}: is a file; give the address of the folder that holds the shards")
-    if folder.size(MANIFEST_NAME) is not None:
-        raise ManifestError(f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; download its files")
-    index = read_index(folder)
-    shards = read_indexed(folder, index, watch)
-    if folder.files is None:
-        auxiliary, left_out = ask_for_usual(folder)
-    else:
-        sizes = {name: listed.size for name, listed in folder.files.items()}
-        auxiliary, left_out = list_repository(folder, sizes, shards)
-    return SourceCheckpoint(
-        place=WebPlace(folder),
-        path=None,
         shards=shards,
         index=index,
         config=read_config(folder),
@@ -163,16 +145,40 @@ def _read_remote(folder: RemoteFolder, watch: Watch | None) -> SourceCheckpoint:
     )
 
 
-def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Header]) -> SourceCheckpoint:
-    model = gguf_files.read_folder(root, names, freed)
+def _read_remote(folder: RemoteFolder, name: str | None, watch: Watch | None) -> SourceCheckpoint:
+    if name is not None:
+        if not name.endswith(gguf_files.SUFFIX):
+            raise SourceNotFoundError(
+                f"{folder.where(name)}: is not a checkpoint; give the address of the folder that holds the shards"
+            )
+        return _read_gguf(folder, name, gguf_files.read_set(folder, name, watch), {})
+    if folder.size(MANIFEST_NAME) is not None:
+        raise ManifestError(f"{folder}: has a {MANIFEST_NAME}, so it is already resharded; download its files")
+    if names := find_remote_gguf(folder):
+        return _read_gguf(folder, None, gguf_files.read_folder(folder, names, watch=watch), {})
+    index = read_index(folder)
+    shards = read_indexed(folder, index, watch)
+    auxiliary, left_out = list_small(folder, shards)
+    return SourceCheckpoint(
+        place=WebPlace(folder),
+        shards=shards,
+        index=index,
+        config=read_config(folder),
+        auxiliary=auxiliary,
+        left_out=left_out,
+    )
+
+
+def _read_gguf(
+    folder: Folder, named: str | None, model: gguf_files.GgufModel, freed: Mapping[str, Header]
+) -> SourceCheckpoint:
     shards = {
-        name: freed.get(name) or gguf_files.with_gaps(resolve_inside(root, name), header)
-        for name, header in model.shards.items()
+        name: freed.get(name) or gguf_files.with_gaps(folder, name, header) for name, header in model.shards.items()
     }
     auxiliary: tuple[AuxiliaryFile, ...] = ()
     left_out: list[str] = []
-    if path == root:
-        found, others = list_folder(root, shards)
+    if named is None:
+        found, others = list_small(folder, shards)
         # It may be another form's: of the FP8 files that this model was quantised from.
         auxiliary = tuple(file for file in found if file.path != CONFIG_NAME)
         left_out += others
@@ -182,12 +188,12 @@ def _read_gguf(path: Path, root: Path, names: list[str], freed: Mapping[str, Hea
         model,
         next(iter(shards.values())),
         left_out,
-        is_alone=path != root,
+        is_alone=named is not None,
         has_tokenizer=gguf_tokenizer.TOKENIZER_NAME in own,
     )
     return SourceCheckpoint(
-        place=LocalPlace(root),
-        path=path,
+        place=place_of(folder),
+        file=named,
         kind="gguf",
         shards=shards,
         index=None,
@@ -209,7 +215,7 @@ def _inside(
     except UnsupportedModelError as error:
         left_out.append(f"{CONFIG_NAME} ({error})")
     try:
-        generated = gguf_files.tokenizer_of(first)
+        generated = gguf_headers.tokenizer_of(first)
     except (ManifestError, UnsupportedModelError) as error:
         # The tensors are worth having without it, and one can be put beside them; of a file that was named nothing
         # beside it is taken.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from manifests.digest import TensorHasher
 from reshard.blocks import WRITES_AT_ONCE, PageWriter, Writer, new_block
 from reshard.callqueue import CallQueue
+from reshard.openable import Openable
 from reshard.progress import Progress
-from reshard.readable import Readable
 from reshard.workers import StopFlag, start
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Piece:
         target: Where to write it; None when it is read for its hash alone.
     """
 
-    file: Readable
+    file: Openable
     offset: int
     size: int
     target: Target | None = None
@@ -217,7 +217,7 @@ def pump(
 
 def _read(pieces: Sequence[Piece | Given], ring: Ring) -> Generator[_Block, None, None]:
     """The stream block by block, cut into the parts of its pieces."""
-    file: Readable | None = None
+    file: Openable | None = None
     with ExitStack() as opened:
         first = 0
         while first < len(pieces):

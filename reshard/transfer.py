@@ -22,10 +22,10 @@ from manifests.errors import IntegrityError, ManifestError
 from manifests.header import Header
 from manifests.storage import sync_folder
 from reshard.blocks import Writer
+from reshard.openable import Openable, OutputFile
 from reshard.places import Place, Range
 from reshard.plan import Plan, PlannedFile, PlannedTensor
 from reshard.progress import Progress
-from reshard.readable import OutputFile, Readable
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.workers import PoisonLock, StopFlag, run_all, thread_limit_named
 
@@ -55,9 +55,17 @@ class Durable:
 
 @dataclass(frozen=True, slots=True)
 class _Take:
-    """One piece of a shard's stream: of which tensor, nothing for what has no name, and whether it is its end."""
+    """One piece of a shard's stream.
+
+    Attributes:
+        name: Of its tensor; nothing for what has no name.
+        at: Where it is in the shard, which is not always where it is read.
+        piece: As said.
+        is_end: Whether it is the end of the tensor.
+    """
 
     name: str
+    at: int
     piece: Piece
     is_end: bool = True
 
@@ -254,12 +262,13 @@ class _Mover:
         is_whole = shard in self._plan.complete_shards and shard not in durable.shards
         tensors = [t for t in self._work.pop(shard, []) if is_whole or t.name not in durable.tensors]
         targets = {t.name: self._output_of(self._plan.files[t.file]) for t in tensors if t.name not in durable.tensors}
-        ranges = self._ranges(tensors, targets)
+        gaps = _gaps(header) if is_whole else []
+        ranges = self._ranges(tensors, targets, gaps)
         hasher = hashlib.sha256(header.raw) if is_whole else None
         begun: dict[str, tuple[str, ...]] = {}
         with place.reading(shard, header, ranges, connections=self._connections, stop=stop) as file:
             takes = [take for tensor in tensors for take in self._takes(tensor, file, targets.get(tensor.name))]
-            stream = _with_gaps(takes, file, header) if is_whole else takes
+            stream = _with_gaps(takes, file, gaps)
             for part, is_last in _parts(stream) if place.is_far else [(stream, True)]:
                 digests = pump(
                     [take.piece for take in part],
@@ -292,25 +301,27 @@ class _Mover:
             return 0
         return len(self._durable.begun.get(tensor.name, ())) * CHUNK_BYTES if is_missing else tensor.size
 
-    def _ranges(self, tensors: Sequence[PlannedTensor], targets: Collection[str]) -> list[Range]:
-        """What is read of a shard for these tensors, neighbours together."""
-        ranges: list[Range] = []
+    def _ranges(self, tensors: Sequence[PlannedTensor], targets: Collection[str], gaps: Sequence[Range]) -> list[Range]:
+        """What is read of a shard for these tensors and gaps, neighbours together."""
+        wanted = list(gaps)
         for tensor in tensors:
-            begin = tensor.source_offset + self._there(tensor, is_missing=tensor.name in targets)
-            end = tensor.source_offset + tensor.size
+            there = self._there(tensor, is_missing=tensor.name in targets)
+            wanted.append((tensor.source_offset + there, tensor.source_offset + tensor.size))
+        ranges: list[Range] = []
+        for begin, end in sorted(wanted):
             if ranges and ranges[-1][1] == begin:
-                begin = ranges.pop()[0]
-            if begin < end:
+                ranges[-1] = ranges[-1][0], end
+            elif begin < end:
                 ranges.append((begin, end))
         return ranges
 
-    def _takes(self, tensor: PlannedTensor, file: Readable, output: _Output | None) -> Iterator[_Take]:
+    def _takes(self, tensor: PlannedTensor, file: Openable, output: _Output | None) -> Iterator[_Take]:
         """The pieces that make a tensor: what is read back, and what is read of its shard and written."""
         there = self._there(tensor, is_missing=output is not None)
         if there:
             written = OutputFile(self._destination / self._plan.files[tensor.file].path)
             piece = Piece(file=written, offset=tensor.output_offset, size=there)
-            yield _Take(tensor.name, piece, is_end=there == tensor.size)
+            yield _Take(tensor.name, tensor.source_offset, piece, is_end=there == tensor.size)
         # What comes from afar is cut where its digests are, so that no part must wait for all of a large tensor.
         step = CHUNK_BYTES if self._place.is_far else tensor.size
         for begin in range(there, tensor.size, step) if tensor.size else [0]:
@@ -322,7 +333,7 @@ class _Mover:
                 notify = output.written if is_end and tensor.name not in self._durable.lost else None
                 target = Target(open=output.open, offset=tensor.output_offset + begin, written=notify)
             piece = Piece(file=file, offset=tensor.source_offset + begin, size=size, target=target)
-            yield _Take(tensor.name, piece, is_end=is_end)
+            yield _Take(tensor.name, tensor.source_offset + begin, piece, is_end=is_end)
 
     def _require_published(self, moved: MovedShard) -> None:
         """Refuse a shard that is not what its source publishes, and take back what was said of its parts."""
@@ -365,12 +376,17 @@ class _Mover:
             self._commit(moved)
 
 
-def _with_gaps(takes: list[_Take], file: Readable, header: Header) -> list[_Take]:
-    """All of a shard behind its header: its own sha256 is of what is between its tensors, too, which has no name."""
+def _gaps(header: Header) -> list[Range]:
+    """What is between the tensors of a shard: its own sha256 is of that, too."""
     start = len(header.raw)
-    gaps = [_Take("", Piece(file=file, offset=start + gap.begin, size=len(gap.content))) for gap in header.gaps]
+    return [(start + gap.begin, start + gap.begin + len(gap.content)) for gap in header.gaps]
+
+
+def _with_gaps(takes: list[_Take], file: Openable, gaps: Sequence[Range]) -> list[_Take]:
+    """The stream of a shard with what has no name in its place."""
+    unnamed = [_Take("", begin, Piece(file=file, offset=begin, size=end - begin)) for begin, end in gaps]
     # An empty tensor lies where its neighbour begins, and comes before it.
-    return sorted([*takes, *gaps], key=lambda take: (take.piece.offset, take.piece.size)) if gaps else takes
+    return sorted([*takes, *unnamed], key=lambda take: (take.at, take.piece.size)) if unnamed else takes
 
 
 def _collect(

@@ -16,7 +16,7 @@ from manifests.checkpoint import Checkpoint
 from manifests.digest import CHUNK_BYTES, sha256_hex
 from manifests.errors import ManifestError, RemoteError, ToolkitError
 from manifests.paths import MANIFEST_NAME
-from manifests.remote import find_folder
+from manifests.remote import find
 from manifests.safety import require_folder, resolve_inside
 from manifests.schema import Document, FileEntry, Shard, TensorEntry
 from reshard.blocks import Reader
@@ -116,12 +116,8 @@ def source_folder(checkpoint: Checkpoint, source: Path | str) -> Path | None:
         ToolkitError: The file is none of those that the checkpoint was made from, so comparing it would be for nothing.
     """
     path, folder = local_path(source), source_root(source)
-    names = [shard.name for shard in require_source(checkpoint).shards]
-    if path is not None and folder != path and path.name not in names:
-        raise ToolkitError(
-            f"{path}: is none of the files that {checkpoint.root} was made from; give its {names[0]}, or the folder "
-            "that has it"
-        )
+    if path is not None and folder != path:
+        _check_named(checkpoint, path.name, str(path))
     return folder
 
 
@@ -160,18 +156,31 @@ def verify_against(checkpoint: Checkpoint, source: Path, *, jobs: int, progress:
     return _run(look, entries, jobs)
 
 
-def find_published(address: str) -> Place:
+def find_published(checkpoint: Checkpoint, address: str) -> Place:
     """The folder on a server that `verify_published` is to compare with, before anything is read for that.
 
     Raises:
         ManifestError: It is itself resharded.
         SourceNotFoundError: It is no address that can be read.
+        ToolkitError: It is of a file of which the checkpoint was not made.
         RemoteError: The server cannot be reached.
     """
-    folder = find_folder(address)
-    if folder.size(MANIFEST_NAME) is not None:
+    folder, name = find(address)
+    if name is not None:
+        _check_named(checkpoint, name, folder.where(name))
+    elif folder.size(MANIFEST_NAME) is not None:
         raise ManifestError(f"{folder}: is resharded itself; give the folder that holds the original shards")
     return place_of(folder)
+
+
+def _check_named(checkpoint: Checkpoint, name: str, where: str) -> None:
+    """Refuse a file that is none of those that the checkpoint was made from: comparing it would be for nothing."""
+    names = [shard.name for shard in require_source(checkpoint).shards]
+    if name not in names:
+        raise ToolkitError(
+            f"{where}: is none of the files that {checkpoint.root} was made from; give its {names[0]}, or the folder "
+            "that has it"
+        )
 
 
 def verify_published(checkpoint: Checkpoint, place: Place, *, jobs: int, progress: Progress) -> list[Damage]:

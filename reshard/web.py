@@ -13,10 +13,10 @@ from manifests.errors import IntegrityError, SourceNotFoundError
 from manifests.folder import Folder, LocalFolder
 from manifests.header import Header
 from manifests.http import RemoteFile, Stream
-from manifests.remote import RemoteFolder, read_header
+from manifests.remote import RemoteFolder
 from reshard.fetching import FetchingReader
-from reshard.places import LocalPlace, Place, Range
-from reshard.readable import BlockReader
+from reshard.openable import BlockReader
+from reshard.places import LocalPlace, Place, Range, header_of
 from reshard.workers import StopFlag
 
 SHARDS_AT_ONCE = 2
@@ -82,7 +82,7 @@ class WebPlace:
 
     def header(self, name: str) -> Header:
         """See `Place`."""
-        return read_header(self._folder.file(name))
+        return header_of(self._folder, name)
 
     def divide(self, jobs: int, shards: int) -> int:
         """See `Place`; the connections are divided among the shards."""
@@ -105,7 +105,7 @@ class WebPlace:
 
 @dataclass(frozen=True, slots=True)
 class WebFile:
-    """A file on a server, and the bytes that it must have where they are known; see `reshard.readable.Readable`."""
+    """A file on a server, and the bytes that it must have where they are known; see `reshard.openable.Openable`."""
 
     file: RemoteFile
     size: int | None
@@ -114,7 +114,7 @@ class WebFile:
         return self.file.where
 
     def open(self) -> "WebReader":
-        """See `Readable`; nothing is asked before the first bytes are read."""
+        """See `Openable`; nothing is asked before the first bytes are read."""
         return WebReader(self.file, self.size)
 
 
@@ -127,7 +127,7 @@ class WebReader:
         self._stream: Stream | None = None
 
     def read(self, buffer: memoryview, begin: int, end: int) -> tuple[memoryview, bool]:
-        """See `reshard.readable.BlockReader`: as many bytes as the buffer takes. Asks for no more than the range.
+        """See `reshard.openable.BlockReader`: as many bytes as the buffer takes. Asks for no more than the range.
 
         Raises:
             IntegrityError: It has another size than is published.
@@ -161,7 +161,7 @@ class _Open:
         return self._where
 
     def open(self) -> "_Open":
-        """See `Readable`."""
+        """See `Openable`."""
         return self
 
     def read(self, buffer: memoryview, begin: int, end: int) -> tuple[memoryview, bool]:

@@ -2,6 +2,7 @@
 
     states/KEY/manifest.json     what one state of one checkpoint holds; KEY is its digest
     states/KEY/small/...         its small files
+    states/KEY/headers/...       headers of its GGUF files, which say what else would be in small files
     states/KEY/tensors/...       its other files, as far as they were needed; see `runner.mirror`
     places/HASH.json             which state an address had when it was last asked
     ledger                       how much all of it takes; see `runner.ledger`
@@ -29,7 +30,7 @@ from runner.mirror import TEMP_SUFFIX, Entry, Mirror, kept_bytes, own_bytes, tem
 ENVIRONMENT = "EXPERT_RESHARD_CACHE"
 NAME = "expert-reshard"
 
-TENSORS, SMALL = "tensors", "small"
+TENSORS, SMALL, HEADERS = "tensors", "small", "headers"
 
 _VICTIM_BYTES = 64 << 20
 """Pieces that were used together go together, up to this: an expert of DeepSeek-V3 as a whole."""

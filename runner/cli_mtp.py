@@ -86,15 +86,15 @@ def mtp(
 
     Exit code 0 when the layer can be run, 14 when not.
     """
-    from runner.config import ModelConfig
-    from runner.loaded import LoadedModel, open_checkpoint
+    from runner.loaded import LoadedModel
     from runner.mtp_parts import MtpParts
+    from runner.opening import config_of, open_checkpoint
 
     text = None if file is None else read_text(file)
     note_idle_cache_size(model, cache_size, quiet=quiet)
     with progress("headers", quiet=quiet) as watch:
         checkpoint = open_checkpoint(model, cache_size, watch)
-    parts = MtpParts(checkpoint, ModelConfig.from_dict(checkpoint.config))
+    parts = MtpParts(checkpoint, config_of(checkpoint))
     document: dict[str, Any] = parts.to_document()
     if not as_json:
         for line in _inventory(parts):

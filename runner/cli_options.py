@@ -59,8 +59,8 @@ def model_option(function: F) -> F:
         "-m",
         "--model",
         metavar="PATH",
-        help="A resharded checkpoint or a downloaded checkpoint folder, here or on a web server. Without it, the "
-        "embedded demo model.",
+        help="A resharded checkpoint, a downloaded checkpoint folder or a GGUF file, here or on a web server. Without "
+        "it, the embedded demo model.",
     )(function)
 
 

@@ -215,7 +215,8 @@ def _examine_model(
     if not can_import:
         return facts, None
     # These need the packages that were just looked for.
-    from runner.loaded import choose_sampling, open_checkpoint
+    from runner.loaded import choose_sampling
+    from runner.opening import config_of, open_checkpoint
     from runner.text import Text
 
     checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path, watch=watch))
@@ -229,7 +230,7 @@ def _examine_model(
         files=len(checkpoint.manifest.files),
         file_bytes=sum(file.size for file in checkpoint.manifest.files),
     )
-    config = found.attempt("config", lambda: ModelConfig.from_dict(checkpoint.config))
+    config = found.attempt("config", lambda: config_of(checkpoint))
     if isinstance(checkpoint.folder, LocalFolder):
         found.attempt("files", lambda: _check_files(checkpoint))
     else:

@@ -8,21 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import manifests
-from manifests import gguf_files, urls
 from manifests.config import read_object
-from manifests.errors import ManifestError, ResourceError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from manifests.gguf_names import ARCHITECTURE
-from manifests.inventory import open_model
+from manifests.errors import ManifestError, ResourceError, ToolkitError, UnsupportedModelError
 from manifests.remote import Watch
-from manifests.schema import PLAIN
-from manifests.shards import SUFFIX
-from runner import demo, kernels, quantised, trace
+from runner import kernels, trace
 from runner.budget import Budget
 from runner.config import ModelConfig
 from runner.contents import Contents, pass_order
@@ -32,9 +26,9 @@ from runner.expected import head_of
 from runner.model import Model
 from runner.mtp import MtpModule
 from runner.mtp_parts import MtpParts
+from runner.opening import config_of, open_checkpoint
 from runner.pace import Pace
 from runner.policy import Key
-from runner.remote_checkpoint import open_cached
 from runner.remote_folder import CachedFolder
 from runner.sampling import SamplingParams
 from runner.sizes import check_cache, default_io, measure, plan_memory, routed_experts
@@ -113,7 +107,7 @@ class LoadedModel:
 
     Args:
         path: A resharded checkpoint, a plain checkpoint folder, or a GGUF model (its file, any file of its split set,
-            or a folder with one); the address of one of the first two; None for the embedded demo model.
+            or a folder with one); or the address of one of these; None for the embedded demo model.
         ctx: The most positions that a text may have; when not given, what fits, up to the model's own limit.
         dtype: What activations are rounded to before each product, float32 or bfloat16.
         ram: Bytes that the process may take in all; what the machine has to give when not given.
@@ -168,7 +162,7 @@ class LoadedModel:
                 f"{checkpoint.folder}: FP8 weight {missing[0]} ({len(missing)} in all) has no weight_scale_inv; "
                 "without its scales it has no value, download the checkpoint again"
             )
-        config = ModelConfig.from_dict(checkpoint.config)
+        config = config_of(checkpoint)
         self._checkpoint = checkpoint
         self.name = str(checkpoint.folder)
         self.contents = contents = Contents(checkpoint)
@@ -323,65 +317,6 @@ class LoadedModel:
         """
         ids = self.text.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
         return self.engine.logits(ids)
-
-
-def open_checkpoint(
-    path: str | Path | None, cache_size: int | None = None, watch: Watch | None = None
-) -> manifests.Checkpoint:
-    """Open a checkpoint for running; None is the embedded demo model.
-
-    Args:
-        path: Its path or its address.
-        cache_size: See `LoadedModel`.
-        watch: See `LoadedModel`.
-
-    Raises:
-        SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
-        ManifestError, IntegrityError: It is damaged.
-        RemoteError: Its server cannot be reached, and the cache has nothing of it.
-        ToolkitError: It has quantised blocks of a rare type, and the package gguf is not installed.
-        UnsupportedModelError: It is of another architecture, or is stored in a way that the runner does not read.
-    """
-    if path is None:
-        path = demo.path()
-        if not path.is_dir():
-            raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
-    is_file = Path(path).suffix != gguf_files.SUFFIX and Path(path).is_file()
-    if is_file or (urls.is_url(path) and urls.last_part(str(path)).endswith(SUFFIX)):
-        raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
-    checkpoint = open_cached(str(path), cache_size, watch) if urls.is_url(path) else open_model(path)
-    if not checkpoint.config:
-        _refuse_without_config(path, checkpoint)
-    if faults := checkpoint.unreadable():
-        raise UnsupportedModelError(f"{checkpoint.folder}: {faults[0]}")
-    _check_encodings(checkpoint)
-    return checkpoint
-
-
-def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -> NoReturn:
-    if all(Path(file.path).suffix != gguf_files.SUFFIX for file in checkpoint.manifest.files):
-        raise SourceNotFoundError(
-            f"{checkpoint.folder}: no config.json, which says what the model is; copy the model's own there"
-        )
-    architecture = checkpoint.manifest.model.model_type
-    raise UnsupportedModelError(f"{path}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}")
-
-
-def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
-    """Refuse blocks that cannot be expanded now, and not when a token first needs them.
-
-    Raises:
-        UnsupportedModelError: They are of a type that is not known.
-        IntegrityError: They are not what the checkpoint says.
-        ToolkitError: No kernel expands them, and the package that does is not installed.
-    """
-    encoded = [one for file in checkpoint.manifest.files for one in file.tensors if one.encoding != PLAIN]
-    for one in encoded:
-        where = f"{checkpoint.folder}: {one.name}"
-        quantised.check_described(one.dtype, one.shape, one.logical_shape, one.encoding, where)
-    foreign = next((one for one in encoded if not kernels.expands(one.encoding)), None)
-    if foreign is not None:
-        quantised.need_package(f"{checkpoint.folder}: {foreign.name}", foreign.encoding)
 
 
 def choose_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

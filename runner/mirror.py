@@ -79,14 +79,14 @@ class Mirror:
             FileNotFoundError: Nothing is there.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return None  # a link, which nobody here made
             raise
         try:
             found_there = os.fstat(descriptor)
-            if False and not stat.S_ISREG(found_there.st_mode):
+            if not stat.S_ISREG(found_there.st_mode):
                 return None
             end = found_there.st_size
             footer = os.pread(descriptor, _FOOTER.size, max(0, end - _FOOTER.size))

@@ -10,11 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import manifests
-from manifests import hub, remote, urls
+from manifests import gguf_files, hub, remote, urls
 from manifests.checkpoint import Checkpoint
 from manifests.config import model_facts, read_config
 from manifests.digest import sha256_hex
 from manifests.errors import ManifestError, RemoteError, SourceNotFoundError
+from manifests.gguf_files import GgufModel
+from manifests.header import Header
 from manifests.http import Facts, RemoteFile
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
@@ -24,7 +26,7 @@ from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES, decode, encode
 from runner import notes
 from runner.cache_folder import CacheFolder, find_root
-from runner.remote_folder import CachedFolder
+from runner.remote_folder import CachedFolder, keep_header
 
 _FACTS_NAME = "facts.json"
 _TRIES_WITH_CACHE = 2
@@ -54,7 +56,7 @@ def open_cached(text: str, cache_bytes: int | None = None, watch: Watch | None =
     """Open a checkpoint on a web server or on the Hugging Face Hub; what is read of it is kept in the cache.
 
     Args:
-        text: Its address.
+        text: Its address; of a GGUF model that of a file of it, or of a folder on the Hub.
         cache_bytes: The most that the cache may take of its disk; any number when None.
         watch: Is told how far the headers of original shards are.
 
@@ -76,8 +78,10 @@ def open_cached(text: str, cache_bytes: int | None = None, watch: Watch | None =
     try:
         if urls.is_hub(text) and hub.is_offline(text):
             raise RemoteError(f"{text}: HF_HUB_OFFLINE is set")
-        origin = remote.find_folder(text)
-        state = _ask(cache, origin, last, watch)
+        origin, file = remote.find(text)
+        if file is not None and not file.endswith(gguf_files.SUFFIX):
+            raise SourceNotFoundError(f"{origin.where(file)}: is one file; give the folder of the whole checkpoint")
+        state = _ask(cache, origin, file, last, watch)
         if state != last:
             note = {"state": state.key, "etag": state.etag, "base": state.base}
             cache.put(cache.place(place), notes.encode(note))
@@ -85,15 +89,23 @@ def open_cached(text: str, cache_bytes: int | None = None, watch: Watch | None =
         if last is None:
             raise
         state, offline = last, str(error)
+    files = [file.path for file in state.manifest.files]
+    shown = text.rstrip("/") if urls.is_hub(text) else urls.shown(name)
     folder = CachedFolder(
         cache,
         state.key,
         state.manifest,
-        name=text if urls.is_hub(text) else urls.shown(name),
+        name=shown.rpartition("/")[0] if urls.last_part(name) in files else shown,
         origin=origin,
         offline=offline,
         facts=state.facts,
     )
+    if _is_gguf(state.manifest):
+        model = gguf_files.read_folder(folder, files)
+        for file, header in model.shards.items():
+            # Again where one was damaged, and came from the server now.
+            keep_header(cache, state.key, file, header.raw)
+        return gguf_files.open_gguf(folder, model)
     return Checkpoint(folder, state.manifest)
 
 
@@ -128,14 +140,20 @@ def _base(origin: RemoteFolder) -> str:
     return sha256_hex(origin.url.encode())
 
 
-def _ask(cache: CacheFolder, origin: RemoteFolder, last: _State | None, watch: Watch | None) -> _State:
-    """The state that a folder has now; `last` when that is still it."""
+def _is_gguf(manifest: Manifest) -> bool:
+    return any(file.path.endswith(gguf_files.SUFFIX) for file in manifest.files)
+
+
+def _ask(
+    cache: CacheFolder, origin: RemoteFolder, file: str | None, last: _State | None, watch: Watch | None
+) -> _State:
+    """The state that a folder, or the model of a file in it, has now; `last` when that is still it."""
     base = _base(origin)
     if last is not None and origin.files is not None and last.base == base:
         return last  # the same commit
     is_resharded = last is not None and last.manifest.layout == "resharded"
     tries = None if last is None else _TRIES_WITH_CACHE
-    if origin.files is None or MANIFEST_NAME in origin.files:
+    if file is None and (origin.files is None or MANIFEST_NAME in origin.files):
         etag = last.etag if last is not None and is_resharded else None
         url = urls.join(origin.url, MANIFEST_NAME)
         found = origin.web.read(url, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
@@ -150,26 +168,41 @@ def _ask(cache: CacheFolder, origin: RemoteFolder, last: _State | None, watch: W
             return _State(key=key, manifest=manifest, etag=found.etag, base=base)
     if last is not None and not is_resharded and _is_same(origin, last):
         return replace(last, base=base)
-    return _read_shards(cache, origin, watch)
+    return _read_headers(cache, origin, file, watch)
 
 
-def _read_shards(cache: CacheFolder, origin: RemoteFolder, watch: Watch | None) -> _State:
-    """The state of original shards, from their headers."""
-    headers = remote.read_shards(origin, watch)
-    names = [*headers, *([INDEX_NAME] if origin.size(INDEX_NAME) is not None else [])]
-    facts = {name: origin.file(name).facts for name in names}
-    manifest = describe_in_place(headers, model_facts(read_config(origin)))
+def _read_headers(cache: CacheFolder, origin: RemoteFolder, file: str | None, watch: Watch | None) -> _State:
+    """The state of original shards or of a GGUF model, from their headers."""
+    headers: Mapping[str, Header]
+    model = _find_gguf(origin, file)
+    if model is not None:
+        headers, index = model.shards, []
+        manifest = gguf_files.open_gguf(origin, model).manifest
+    else:
+        headers = remote.read_shards(origin, watch)
+        index = [INDEX_NAME] if origin.size(INDEX_NAME) is not None else []
+        manifest = describe_in_place(headers, model_facts(read_config(origin)))
+    facts = {name: origin.file(name).facts for name in [*headers, *index]}
     note = {name: [one.size, one.etag, one.modified] for name, one in facts.items()}
     raw, noted = encode(manifest), json.dumps(note, sort_keys=True).encode("ascii")
     key = _key(raw, noted)
+    for name, header in model.shards.items() if model is not None else ():
+        keep_header(cache, key, name, header.raw)
     cache.put(cache.state(key) / _FACTS_NAME, noted)
     cache.put(cache.state(key) / MANIFEST_NAME, raw)
     return _State(key=key, manifest=manifest, etag=None, base=_base(origin), facts=facts)
 
 
+def _find_gguf(origin: RemoteFolder, file: str | None) -> GgufModel | None:
+    if file is not None:
+        return gguf_files.read_set(origin, file)
+    names = remote.find_gguf(origin)
+    return gguf_files.read_folder(origin, names) if names else None
+
+
 def _is_same(origin: RemoteFolder, last: _State) -> bool:
     """Whether index and shards on the server are still those of a state; a byte of each is asked for, no header."""
-    if INDEX_NAME not in last.facts and origin.size(INDEX_NAME) is not None:
+    if INDEX_NAME not in last.facts and not _is_gguf(last.manifest) and origin.size(INDEX_NAME) is not None:
         return False
     # Not the files that the folder keeps: these are asked again if one is another.
     files = [(RemoteFile(origin.web, urls.join(origin.url, name)), facts) for name, facts in last.facts.items()]

@@ -4,7 +4,9 @@ Small files of a resharded checkpoint are compared with the manifest's digests. 
 the server is asked each time whether they are still the same. This file knows names; it must not know tensors.
 """
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +15,17 @@ from manifests.digest import sha256_hex
 from manifests.errors import IntegrityError, ManifestError, RemoteError
 from manifests.folder import Cut
 from manifests.http import Document, Facts, RemoteFile
+from manifests.readable import Readable, in_memory
 from manifests.remote import REQUESTS_AT_ONCE, RemoteFolder
 from manifests.safety import check_relative
 from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES
 from runner import notes
-from runner.cache_folder import SMALL, CacheFolder
+from runner.cache_folder import HEADERS, SMALL, CacheFolder
 
 _ASKED = "asked"
+_DIGEST_BYTES = 32
+"""In front of a kept header: nothing else would tell that it is damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,7 @@ class CachedFolder:
         self._facts = facts
         self._documents = {document.path: document for document in manifest.documents}
         self._is_in_place = manifest.layout != "resharded"
+        self._asked: set[str] = set()
 
     def __str__(self) -> str:
         return self._name
@@ -101,9 +107,13 @@ class CachedFolder:
             raise ManifestError(f"{self.where(name)}: larger than {max_bytes} bytes, which no such file needs")
         return found
 
-    def begin(self, name: str, size: int) -> tuple[bytes, int]:
-        """See `manifests.folder.Folder`; asked of the server."""
-        return self._reach(name).begin(name, size)
+    def open(self, name: str, *, first: int) -> AbstractContextManager[Readable]:
+        """See `manifests.folder.Folder`; asked of the server, but for a header that is kept here."""
+        facts = self._facts.get(name)
+        header = None if facts is None else _read_header(self.state / HEADERS / name)
+        if header is not None and facts is not None:
+            return nullcontext(in_memory(header, size=facts.size, what=self.where(name)))
+        return self._reach(name).open(name, first=first)
 
     def require(self, name: str) -> None:
         """See `manifests.folder.Folder`; nothing is asked, the file's own bytes will tell."""
@@ -153,11 +163,13 @@ class CachedFolder:
             kept = None
             # What was noted of a file that is lost or damaged here helps nobody.
             asked = asked if asked.sha256 is None else None
-        # What belongs to a commit stays what it is.
-        if asked is not None and (self.offline is not None or self._origin is None or self._origin.files is not None):
+        # What belongs to a commit stays what it is; anything else is asked for once in a run.
+        is_settled = self._origin is None or self._origin.files is not None or name in self._asked
+        if asked is not None and (self.offline is not None or is_settled):
             return kept
         etag = None if asked is None or asked.sha256 is None else asked.etag
         found = self._ask(name, max_bytes, etag)
+        self._asked.add(name)
         if found is None and etag is not None:
             return kept
         answer = _Asked(sha256=None, etag=None)
@@ -173,6 +185,24 @@ class CachedFolder:
         if origin.files is not None and name not in origin.files:
             return None
         return origin.web.read(urls.join(origin.url, name), max_bytes=max_bytes, etag=etag)
+
+
+def keep_header(cache: CacheFolder, key: str, name: str, header: bytes) -> None:
+    """Keep the header of a file of a state: it is read at every start and has what would be in small files.
+
+    Raises:
+        ResourceError: The cache has no room for it.
+    """
+    path = cache.state(key) / HEADERS / name
+    if _read_header(path) != header:
+        cache.put(path, hashlib.sha256(header).digest() + header)
+
+
+def _read_header(path: Path) -> bytes | None:
+    found = _kept(path)
+    if found is None or found[:_DIGEST_BYTES] != hashlib.sha256(found[_DIGEST_BYTES:]).digest():
+        return None
+    return found[_DIGEST_BYTES:]
 
 
 def _kept(path: Path) -> bytes | None:

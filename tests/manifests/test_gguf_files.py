@@ -15,7 +15,9 @@ import pytest
 
 import manifests
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError, UnsupportedModelError
-from manifests.gguf_files import parse_saved, read_file, with_gaps
+from manifests.folder import LocalFolder
+from manifests.gguf_files import read_file, with_gaps
+from manifests.gguf_headers import parse_saved
 from manifests.gguf_names import Stack, to_hugging_face
 from manifests.names import Role, parse_name
 from tests.fuzz.gguf_bytes import ARRAY, I32, STRING, U16, U32, header, place
@@ -242,8 +244,8 @@ def test_what_was_split_and_merged_again_is_whole(tmp_path: Path) -> None:
 
 def test_a_saved_header_with_bytes_of_nothing_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "x.gguf", ARCH, ("output.weight", [7], 0), ("output_norm.weight", [7], 0))
-    (found,) = read_file(tmp_path / "x.gguf").shards.values()
-    whole = with_gaps(tmp_path / "x.gguf", found)
+    (found,) = read_file(LocalFolder(tmp_path), "x.gguf").shards.values()
+    whole = with_gaps(LocalFolder(tmp_path), "x.gguf", found)
     assert parse_saved({"x.gguf": (whole.rest, whole.file_bytes)}) == {"x.gguf": whole}
     size = len(whole.rest)
     with pytest.raises(ManifestError, match=f"has {size + 1} bytes, its file has {size} beside tensors"):

@@ -17,6 +17,7 @@ from manifests import answers, http, urls
 from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError, ToolkitError
 from manifests.http import RemoteFile, Web
 from tests.file_server import Answer, Asked, FileServer, serve
+from tests.wrong_answers import once
 
 CONTENT = random.Random(1).randbytes(100_000)
 
@@ -31,19 +32,6 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[FileServer]:
     with serve({"/a": CONTENT, "/empty": b""}) as served:
         yield served
-
-
-def once(answer: Callable[[Asked, Answer], Answer], times: int = 1) -> Callable[[Asked, Answer], Answer | None]:
-    """Does this to the first requests, and then what is right."""
-    left = [times]
-
-    def instead(asked: Asked, right: Answer) -> Answer | None:
-        if not left[0]:
-            return None
-        left[0] -= 1
-        return answer(asked, right)
-
-    return instead
 
 
 def file(server: FileServer, path: str = "/a") -> RemoteFile:
@@ -89,16 +77,13 @@ def test_a_connection_is_kept(server: FileServer) -> None:
 
 @pytest.mark.parametrize("where", [0, 1, 777, 20_000])
 def test_a_body_that_ends_early_goes_on_where_it_ended(server: FileServer, where: int) -> None:
-    def cut(asked: Asked, right: Answer) -> Answer:
-        return Answer(206, right.headers, right.body[:where], declared=len(right.body), reset=where % 2 == 0)
-
-    server.instead = once(cut, times=3)
+    server.instead = once(lambda asked, right: right.cut(where, reset=where % 2 == 0), times=3)
     assert file(server).read(1000, 90_000) == CONTENT[1000:90_000]
     assert len(server.asked) == 4
     if where % 2:
         # Without a reset all that was sent arrived, and none of it was sent twice.
         assert server.ranges[1:] == [f"bytes={1000 + n * where}-89999" for n in (1, 2, 3)]
-        assert server.sent_bytes == 89_000
+        assert server.sent() == 89_000
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
@@ -116,10 +101,7 @@ def test_a_server_that_stays_busy_is_given_up(server: FileServer) -> None:
 
 
 def test_failures_with_bytes_between_them_are_borne_without_end(server: FileServer) -> None:
-    def trickle(asked: Asked, right: Answer) -> Answer:
-        return Answer(206, right.headers, right.body[:500], declared=len(right.body))
-
-    server.instead = once(trickle, times=40)
+    server.instead = once(lambda asked, right: right.cut(500), times=40)
     assert file(server).read(0, 50_000) == CONTENT[:50_000]
 
 
@@ -239,7 +221,7 @@ def test_a_file_that_changed(server: FileServer) -> None:
 def test_a_file_that_changes_in_the_middle_of_a_range(server: FileServer) -> None:
     def cut(asked: Asked, right: Answer) -> Answer:
         server.files["/a"] = CONTENT[::-1]
-        return Answer(206, right.headers, right.body[:500], declared=len(right.body))
+        return right.cut(500)
 
     server.instead = once(cut)
     with pytest.raises(IntegrityError, match="changed on the server"):
@@ -276,6 +258,16 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Web().file(f"{url}/a").read(0, 10)
 
 
+def test_a_server_that_goes_away_and_comes_back(server: FileServer) -> None:
+    remote = file(server)
+    assert remote.read(0, 10) == CONTENT[:10]
+    server.stop()
+    with pytest.raises(RemoteError, match=r"/a: its server cannot be reached, 6 times in a row"):
+        remote.read(10, 20)
+    server.start()
+    assert remote.read(10, 20) == CONTENT[10:20]
+
+
 def test_a_silent_server(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "SILENCE_S", 0.05)
     monkeypatch.setattr(http, "FIRST_TRIES", 2)
@@ -304,7 +296,7 @@ def test_a_redirect_is_followed_and_remembered(server: FileServer) -> None:
 def test_a_redirected_address_that_expired_is_asked_for_again(server: FileServer) -> None:
     with serve({"/1": CONTENT, "/2": CONTENT}) as other:
         server.instead = lambda asked, right: Answer(302, {"Location": f"{other.url}/{len(server.asked)}"})
-        other.etag = lambda path: '"same"'  # type: ignore[method-assign]
+        other.etag = lambda path: '"same"'
         remote = file(server)
         remote.read(0, 10)
         other.instead = lambda asked, right: Answer(403) if asked.path == "/1" else None
@@ -353,7 +345,7 @@ def test_a_small_file_whole(server: FileServer) -> None:
 
 
 def test_a_small_file_that_ends_early_is_read_again(server: FileServer) -> None:
-    server.instead = once(lambda asked, right: Answer(200, right.headers, right.body[:50], declared=100_000), times=3)
+    server.instead = once(lambda asked, right: right.cut(50), times=3)
     found = Web().read(server.url + "/a", max_bytes=100_000)
     assert found is not None
     assert found.content == CONTENT

@@ -13,7 +13,8 @@ import pytest
 import manifests
 from manifests import hub, remote
 from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError
-from tests.file_server import Answer, Asked, FileServer, serve
+from tests.fake_hub import COMMIT, FakeHub, fake_hub
+from tests.file_server import Answer, Asked, FileServer, no_fault, serve
 
 INDEX = "model.safetensors.index.json"
 Program = Callable[..., Any]
@@ -36,12 +37,11 @@ def served(v3_folder: Path, v3_resharded: Path) -> Iterator[FileServer]:
 
 @pytest.fixture
 def server(served: FileServer) -> Iterator[FileServer]:
-    served.asked.clear()
-    served.sent_bytes = 0
+    served.forget()
     files = dict(served.files)
     yield served
     served.files = files
-    served.instead = lambda asked, right: None
+    served.instead = no_fault
 
 
 @pytest.fixture(params=["plain", "ours"])
@@ -81,9 +81,9 @@ def test_the_commands_say_the_same(pair: tuple[str, Path], slash: str, program: 
 
 
 def test_headers_alone_are_read(server: FileServer, v3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_BYTES", 64)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 64)
     shards = {location.file for location in manifests.open(v3_folder).tensors()}
-    server.asked.clear()
+    server.forget()
     manifests.open(f"{server.url}/plain")
     for shard in shards:
         ranges = [asked.range for asked in server.asked if asked.path == f"/plain/{shard}"]
@@ -124,7 +124,12 @@ def test_a_checkpoint_of_one_file_without_an_index(server: FileServer, v3_folder
 @pytest.mark.parametrize(
     ("path", "code", "says"),
     [
-        ("/nothing", 10, "/nothing: no manifest.json, no model.safetensors.index.json and no model.safetensors there"),
+        (
+            "/nothing",
+            10,
+            "/nothing: no manifest.json, no model.safetensors.index.json and no model.safetensors there; "
+            "of a GGUF model give the address of the file",
+        ),
         ("/plain/none.safetensors", 10, "/plain/none.safetensors: the server has no such file"),
     ],
 )
@@ -249,47 +254,20 @@ def test_a_password_in_an_address(server: FileServer, program: Program) -> None:
 # The Hub.
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 @pytest.fixture
 def hub_server(
     server: FileServer, v3_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[FileServer]:
-    """A server that answers as the Hub does: a list of files, and redirects of large ones to another host."""
-    files = contents(v3_folder)
-    siblings = [
-        {"rfilename": path[1:], "size": len(content), "blobId": "0" * 40}
-        | (
-            {"lfs": {"size": len(content), "sha256": "ab" * 32, "pointerSize": 130}}
-            if path.endswith(".safetensors")
-            else {}
-        )
-        for path, content in files.items()
-    ]
-    model = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
-    small = {f"/org/tiny/resolve/{COMMIT}{path}": content for path, content in files.items()}
-    api = {f"/api/models/org/tiny{end}": json.dumps(model).encode() for end in ("", "/revision/v1", "/revision/main")}
-    with serve(small | api) as front:
-
-        def answer(asked: Asked, right: Answer) -> Answer | None:
-            if asked.path.endswith(".safetensors"):
-                return Answer(302, {"Location": f"{server.url}/plain/{asked.path.rpartition('/')[2]}?Signature=x"})
-            if asked.path.startswith("/api/") and right.status == 404:
-                kind = "RevisionNotFound" if "/revision/" in asked.path else "RepoNotFound"
-                return Answer(404, {"X-Error-Code": kind})
-            return None
-
-        front.instead = answer
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", front.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+) -> Iterator[FakeHub]:
+    """A Hub whose large files are on another host."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with fake_hub(v3_folder, f"{server.url}/plain", monkeypatch) as front:
+        front.published = lambda path: "ab" * 32
         yield front
 
 
 @pytest.mark.parametrize("name", ["hf://org/tiny", "hf://org/tiny@v1", "hf://org/tiny/", "hf://models/org/tiny@main"])
-def test_a_repository_of_the_hub(hub_server: FileServer, server: FileServer, v3_folder: Path, name: str) -> None:
+def test_a_repository_of_the_hub(hub_server: FakeHub, server: FileServer, v3_folder: Path, name: str) -> None:
     checkpoint = manifests.open(name)
     assert checkpoint.manifest == manifests.open(v3_folder).manifest
     assert str(checkpoint.folder) == name.rstrip("/")
@@ -305,7 +283,7 @@ def test_a_repository_of_the_hub(hub_server: FileServer, server: FileServer, v3_
     assert {asked.headers.get("authorization") for asked in server.asked} == {None}
 
 
-def test_a_folder_of_a_repository(hub_server: FileServer, v3_folder: Path) -> None:
+def test_a_folder_of_a_repository(hub_server: FakeHub, v3_folder: Path) -> None:
     found = hub.resolve("hf://org/tiny/figures/deep")
     assert found.url.endswith(f"/org/tiny/resolve/{COMMIT}/figures/deep")
     assert list(found.files) == ["benchmark 1.txt"]
@@ -321,20 +299,20 @@ def test_a_folder_of_a_repository(hub_server: FileServer, v3_folder: Path) -> No
         ("hf://org/-bad-", "is no name that a repository can have"),
     ],
 )
-def test_no_such_repository(hub_server: FileServer, program: Program, name: str, says: str) -> None:
+def test_no_such_repository(hub_server: FakeHub, program: Program, name: str, says: str) -> None:
     result = program("manifests", "show", name)
     assert (result.code, result.out, result.err.count("\n")) == (10, "", 1)
     assert says in result.err
 
 
-def test_the_hub_cannot_be_asked(hub_server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_cannot_be_asked(hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_server.instead = lambda asked, right: Answer(500)
     with pytest.raises(RemoteError, match="hf://org/tiny: the Hub cannot be asked"):
         manifests.open("hf://org/tiny")
 
 
 def test_offline_a_download_is_used(
-    hub_server: FileServer, monkeypatch: pytest.MonkeyPatch, v3_folder: Path, tmp_path: Path
+    hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch, v3_folder: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceNotFoundError, match="HF_HUB_OFFLINE is set, and it was not downloaded before"):

@@ -210,7 +210,7 @@ def test_deepseek_v3_from_its_shards(
 def test_deepseek_v3s_plan(v3_on_disk: Path, v3_shards: Mapping[str, Header]) -> None:
     """Every expert is one run of 44,050,944 bytes whose three matrices start on pages."""
     source = SourceCheckpoint(
-        place=LocalPlace(v3_on_disk), path=v3_on_disk, shards=v3_shards, index=b"", config={}, auxiliary=(), left_out=()
+        place=LocalPlace(v3_on_disk), shards=v3_shards, index=b"", config={}, auxiliary=(), left_out=()
     )
     plan = make_plan(source, Selection())
     experts = [file for file in plan.files if file.place.expert is not None]

@@ -22,7 +22,7 @@ from reshard.disk import (
     measure_read_rate,
     measure_write_rate,
 )
-from reshard.readable import LocalFile
+from reshard.openable import LocalFile
 
 FailCall = Callable[..., list[int]]
 

@@ -17,23 +17,23 @@ from reshard import fetching
 from reshard.blocks import new_block
 from reshard.fetching import FetchingReader
 from reshard.workers import StopFlag, StoppedError
-from tests.reshard.range_server import RangeServer, serving
+from tests.file_server import Answer, Asked, FileServer, serve
 
 SIZE = 100_000
 SEGMENT = 1000
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     (tmp_path / "file").write_bytes(os.urandom(SIZE))
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(fetching, "SEGMENT_BYTES", SEGMENT)
-    with serving(tmp_path) as found:
+    with serve(tmp_path) as found:
         yield found
 
 
 def reader_of(
-    server: RangeServer, ranges: list[tuple[int, int]], connections: int = 3, stop: StopFlag | None = None
+    server: FileServer, ranges: list[tuple[int, int]], connections: int = 3, stop: StopFlag | None = None
 ) -> FetchingReader:
     file = http.Web().file(f"{server.url}/file")
     return FetchingReader(file, ranges, connections=connections, stop=stop or StopFlag())
@@ -50,9 +50,9 @@ def read(reader: FetchingReader, begin: int, end: int) -> bytes:
 
 
 @pytest.mark.parametrize("connections", [1, 2, 7])
-def test_ranges_come_in_order_whatever_arrives_first(server: RangeServer, connections: int) -> None:
+def test_ranges_come_in_order_whatever_arrives_first(server: FileServer, connections: int) -> None:
     dice = random.Random(connections)
-    server.fault = lambda *_: time.sleep(dice.random() / 200)
+    server.instead = lambda asked, right: time.sleep(dice.random() / 200)
     whole = (server.root / "file").read_bytes()
     ranges = [(0, 1), (10, 5000), (5000, 5001), (7000, 7000 + 3 * SEGMENT), (99_999, SIZE)]
     reader = reader_of(server, ranges, connections)
@@ -61,30 +61,26 @@ def test_ranges_come_in_order_whatever_arrives_first(server: RangeServer, connec
             assert read(reader, begin, end) == whole[begin:end]
     finally:
         reader.close()
-    assert server.sent.bytes() == sum(end - begin for begin, end in ranges)
+    assert server.sent() == sum(end - begin for begin, end in ranges)
 
 
-def test_no_more_than_the_window_is_asked_for(server: RangeServer) -> None:
+def test_no_more_than_the_window_is_asked_for(server: FileServer) -> None:
     reader = reader_of(server, [(0, SIZE)], connections=2)
     try:
         read(reader, 0, 1)
         time.sleep(0.2)
-        assert 2 * SEGMENT < server.sent.bytes() <= 2 * fetching.AHEAD * SEGMENT
+        assert 2 * SEGMENT < server.sent() <= 2 * fetching.AHEAD * SEGMENT
     finally:
         reader.close()
 
 
-def test_several_connections_are_open_at_the_same_time(server: RangeServer) -> None:
+def test_several_connections_are_open_at_the_same_time(server: FileServer) -> None:
     together, most = threading.Barrier(4, timeout=10), 4
 
-    def meet(name: str, asked: tuple[int, int] | None) -> None:
-        server.lock.release()
-        try:
-            together.wait()
-        finally:
-            server.lock.acquire()
+    def meet(asked: Asked, right: Answer) -> None:
+        together.wait()
 
-    server.fault = meet
+    server.instead = meet
     reader = reader_of(server, [(0, 4 * SEGMENT)], connections=most)
     try:
         read(reader, 0, 4 * SEGMENT)
@@ -92,8 +88,9 @@ def test_several_connections_are_open_at_the_same_time(server: RangeServer) -> N
         reader.close()
 
 
-def test_a_failure_comes_where_its_bytes_would(server: RangeServer) -> None:
-    server.fault = lambda name, asked: 500 if asked is not None and asked[0] == 2 * SEGMENT else None
+def test_a_failure_comes_where_its_bytes_would(server: FileServer) -> None:
+    begin = f"bytes={2 * SEGMENT}-"
+    server.instead = lambda asked, right: Answer(500) if (asked.range or "").startswith(begin) else None
     reader = reader_of(server, [(0, SIZE)])
     try:
         assert len(read(reader, 0, 2 * SEGMENT)) == 2 * SEGMENT
@@ -103,7 +100,7 @@ def test_a_failure_comes_where_its_bytes_would(server: RangeServer) -> None:
         reader.close()
 
 
-def test_a_file_that_ends_early(server: RangeServer) -> None:
+def test_a_file_that_ends_early(server: FileServer) -> None:
     reader = reader_of(server, [(SIZE - 10, SIZE + 10)])
     with pytest.raises(IntegrityError, match="ends at byte"):
         read(reader, SIZE - 10, SIZE + 10)
@@ -111,9 +108,13 @@ def test_a_file_that_ends_early(server: RangeServer) -> None:
 
 
 @pytest.mark.usefixtures("deadline")
-def test_a_silent_server_does_not_hold_up_who_must_stop(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_does_not_hold_up_who_must_stop(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, stop = threading.Event(), StopFlag()
-    server.fault = lambda *_: go_on.wait(10)
+
+    def silent(asked: Asked, right: Answer) -> None:
+        go_on.wait(10)
+
+    server.instead = silent
     monkeypatch.setattr(fetching, "SIGNAL_SECONDS", 0.01)
     reader = reader_of(server, [(0, SIZE)], stop=stop)
     threading.Timer(0.1, stop.set).start()

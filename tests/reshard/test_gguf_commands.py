@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,21 @@ def test_a_tokenizer_of_the_folder_is_taken_in_place_of_the_files_own(
     # Of a file that was named nothing beside it is taken.
     assert program("reshard", "run", one, tmp_path / "named").code == 0
     assert (tmp_path / "named" / "tokenizer.json").stat().st_size > 2
+
+
+def test_small_files_stay_when_the_file_alone_is_named_later(
+    one: Path, program: Program, tmp_path: Path, tree: Tree
+) -> None:
+    (one.parent / "tokenizer.json").write_text('{"somebody": "\'s own"}')
+    out = tmp_path / "out"
+    assert program("reshard", "run", one.parent, out, "--layers", "0").code == 0
+    before = {document.path: document for document in manifests.open(out).manifest.documents}
+    assert program("reshard", "run", one, out, "--layers", "1").code == 0
+    documents = {document.path: document for document in manifests.open(out).manifest.documents}
+    for name in ("notes.txt", "tokenizer.json"):
+        assert documents[name] == before[name]
+        assert documents[name].role == "auxiliary"
+    verified = json.loads(program("reshard", "verify", out, "--json").out.splitlines()[-1])
+    assert (verified["ok"], verified["unnamed"]) == (True, [])
+    assert program("reshard", "run", one.parent, tmp_path / "once", "--layers", "0-1").code == 0
+    assert tree(out) == tree(tmp_path / "once")

@@ -61,7 +61,7 @@ def sources(draw: st.DrawFn) -> SourceCheckpoint:
         raw = encode_header(entries, align=draw(st.sampled_from([1, 8])))
         shards[f"{number}.safetensors"] = parse_header(raw, file_bytes=len(raw) + position, what="")
     return SourceCheckpoint(
-        place=LocalPlace(Path("x")), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+        place=LocalPlace(Path("x")), shards=shards, index=None, config={}, auxiliary=(), left_out=()
     )
 
 
@@ -240,7 +240,7 @@ def header_of(*tensors: tuple[str, str, int]) -> Header:
 def source_of(*headers: Header) -> SourceCheckpoint:
     shards = {f"{number}.safetensors": header for number, header in enumerate(headers)}
     return SourceCheckpoint(
-        place=LocalPlace(Path("x")), path=Path("x"), shards=shards, index=None, config={}, auxiliary=(), left_out=()
+        place=LocalPlace(Path("x")), shards=shards, index=None, config={}, auxiliary=(), left_out=()
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import manifests
-from manifests import http, remote
+from manifests import http
 from manifests.paths import MANIFEST_NAME
 from manifests.schema import TensorEntry
-from tests.reshard.range_server import REPOSITORY, RangeServer, serving
+from tests.fake_hub import NAME, fake_hub
+from tests.file_server import Answer, Asked, FileServer, serve
 
 Program = Callable[..., Any]
 Tree = Callable[[Path], dict[str, str]]
@@ -24,18 +26,18 @@ EXPERT = "layers/2/experts/04.safetensors"
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(remote, "FIRST_BYTES", 8)
+    monkeypatch.setattr("manifests.shards.FIRST_BYTES", 8)
 
 
 @pytest.fixture
-def shards(v3_folder: Path) -> Iterator[RangeServer]:
-    with serving(v3_folder) as server:
+def shards(v3_folder: Path) -> Iterator[FileServer]:
+    with serve(v3_folder) as server:
         yield server
 
 
 @pytest.fixture
-def copy(v3_resharded: Path) -> Iterator[RangeServer]:
-    with serving(v3_resharded) as server:
+def copy(v3_resharded: Path) -> Iterator[FileServer]:
+    with serve(v3_resharded) as server:
         yield server
 
 
@@ -55,13 +57,13 @@ def damage(folder: Path) -> TensorEntry:
     return tensor
 
 
-def payload_bytes(server: RangeServer) -> int:
+def payload_bytes(server: FileServer) -> int:
     """What was sent of files with tensors behind their headers."""
     total = 0
-    for name, begin, end in server.sent.ranges:
+    for name, spans in server.spans.items():
         if name.endswith(".safetensors"):
             header = 8 + int.from_bytes((server.root / name).read_bytes()[:8], "little")
-            total += max(0, end - max(begin, header))
+            total += sum(max(0, end - max(begin, header)) for begin, end in spans)
     return total
 
 
@@ -69,7 +71,7 @@ def payload_bytes(server: RangeServer) -> int:
 def test_only_the_damaged_tensor_is_fetched(
     which: str, request: pytest.FixtureRequest, resharded_copy: Path, v3_resharded: Path, program: Program, tree: Tree
 ) -> None:
-    server: RangeServer = request.getfixturevalue(which)
+    server: FileServer = request.getfixturevalue(which)
     tensor = damage(resharded_copy)
     repaired = program("reshard", "repair", resharded_copy, "--from", server.url)
     assert repaired.code == 0, repaired.err
@@ -83,7 +85,7 @@ def test_only_the_damaged_tensor_is_fetched(
 def test_documents_headers_and_lost_files(
     which: str, request: pytest.FixtureRequest, resharded_copy: Path, v3_resharded: Path, program: Program, tree: Tree
 ) -> None:
-    server: RangeServer = request.getfixturevalue(which)
+    server: FileServer = request.getfixturevalue(which)
     flip(resharded_copy / EXPERT, 20)
     (resharded_copy / "config.json").unlink()
     flip(resharded_copy / "tokenizer.json", 3)
@@ -96,7 +98,7 @@ def test_documents_headers_and_lost_files(
 
 
 def test_a_damaged_manifest_is_taken_from_a_copy(
-    copy: RangeServer, shards: RangeServer, resharded_copy: Path, v3_resharded: Path, program: Program, tree: Tree
+    copy: FileServer, shards: FileServer, resharded_copy: Path, v3_resharded: Path, program: Program, tree: Tree
 ) -> None:
     flip(resharded_copy / MANIFEST_NAME, 100)
     refused = program("reshard", "repair", resharded_copy, "--from", shards.url)
@@ -107,11 +109,17 @@ def test_a_damaged_manifest_is_taken_from_a_copy(
 
 
 def test_wrong_bytes_from_the_server_are_not_taken(
-    shards: RangeServer, resharded_copy: Path, program: Program, tree: Tree
+    shards: FileServer, resharded_copy: Path, program: Program, tree: Tree
 ) -> None:
     damage(resharded_copy)
     before = tree(resharded_copy)
-    shards.change = lambda name, begin, data: data if begin == 0 or name.endswith(".json") else data[::-1]
+
+    def turn(asked: Asked, right: Answer) -> Answer | None:
+        if asked.span is None or asked.span[0] == 0 or asked.name.endswith(".json"):
+            return None
+        return replace(right, body=right.body[::-1])
+
+    shards.instead = turn
     refused = program("reshard", "repair", resharded_copy, "--from", shards.url)
     assert refused.code in (12, 13)
     assert tree(resharded_copy) == before
@@ -123,14 +131,14 @@ def test_packed_files_of_a_server_are_refused(
     packed = shutil.copytree(v3_resharded, tmp_path / "packed")
     assert program("reshard", "pack", packed).code == 0
     damage(resharded_copy)
-    with serving(packed) as server:
+    with serve(packed) as server:
         refused = program("reshard", "repair", resharded_copy, "--from", server.url)
     assert refused.code == 13
     assert "is packed" in refused.err
 
 
 def test_verify_against_a_server_compares_what_it_says(
-    shards: RangeServer, resharded_copy: Path, program: Program
+    shards: FileServer, resharded_copy: Path, program: Program
 ) -> None:
     said = program("reshard", "verify", resharded_copy, "--against", shards.url)
     assert said.code == 0, said.err
@@ -138,7 +146,7 @@ def test_verify_against_a_server_compares_what_it_says(
     assert payload_bytes(shards) == 0
 
 
-def test_verify_against_a_resharded_copy_of_a_server(copy: RangeServer, resharded_copy: Path, program: Program) -> None:
+def test_verify_against_a_resharded_copy_of_a_server(copy: FileServer, resharded_copy: Path, program: Program) -> None:
     refused = program("reshard", "verify", resharded_copy, "--against", copy.url)
     assert refused.code == 12
     assert "is resharded itself" in refused.err
@@ -146,23 +154,22 @@ def test_verify_against_a_resharded_copy_of_a_server(copy: RangeServer, resharde
 
 
 def test_verify_against_the_hub_compares_published_digests(
-    shards: RangeServer, resharded_copy: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+    shards: FileServer, resharded_copy: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", shards.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    said = program("reshard", "verify", resharded_copy, "--against", f"hf://{REPOSITORY}")
-    assert said.code == 0, said.err
-    assert "published" not in said.err
-    assert shards.sent.bytes(".safetensors") == 0
-    real, shard = shards.published, sorted(shards.root.glob("model-*.safetensors"))[3]
-    shards.published = lambda path: "0" * 64 if path == shard else real(path)
-    said = program("reshard", "verify", resharded_copy, "--against", f"hf://{REPOSITORY}")
+    with fake_hub(shards.root, shards.url, monkeypatch) as hub:
+        said = program("reshard", "verify", resharded_copy, "--against", NAME)
+        assert said.code == 0, said.err
+        assert "published" not in said.err
+        assert shards.sent(".safetensors") == 0
+        real, shard = hub.published, sorted(shards.root.glob("model-*.safetensors"))[3]
+        hub.published = lambda path: "0" * 64 if path == shard else real(path)
+        said = program("reshard", "verify", resharded_copy, "--against", NAME)
     assert said.code == 13
     assert f"{shard.name}: bytes 0-{shard.stat().st_size}: the published sha256 is 0000" in said.out
 
 
 def test_verify_against_another_model(v2_folder: Path, resharded_copy: Path, program: Program) -> None:
-    with serving(v2_folder) as server:
+    with serve(v2_folder) as server:
         said = program("reshard", "verify", resharded_copy, "--against", server.url)
     assert said.code == 13
     assert "the server has no such file" in said.out

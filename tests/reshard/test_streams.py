@@ -23,8 +23,8 @@ from manifests import digest
 from manifests.errors import IntegrityError, ResourceError, ToolkitError
 from reshard import blocks, streams
 from reshard.blocks import ALIGN_BYTES, Writer
+from reshard.openable import LocalFile
 from reshard.progress import Progress
-from reshard.readable import LocalFile
 from reshard.streams import Piece, Ring, Target, pump
 from reshard.workers import StopFlag, StoppedError
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -208,6 +209,14 @@ def change() -> Callable[..., None]:
         path.write_text(json.dumps(old | values), encoding="utf-8")
 
     return write
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """A folder that is gone behind the test, in memory where that can be: there nobody waits for a busy disk."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @pytest.fixture

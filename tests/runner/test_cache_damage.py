@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -25,7 +24,7 @@ from runner.mirror import Mirror
 from runner.pieces import cut
 from runner.remote_checkpoint import open_cached
 from runner.remote_files import RemoteFiles
-from tests.web_servers import FolderServer, memory_folder
+from tests.file_server import Answer, FileServer, no_fault
 
 CASES = 50
 """Of each kind of checkpoint; more were run when this was written."""
@@ -49,13 +48,18 @@ def roots(tmp_path_factory: pytest.TempPathFactory, reshard_folder: Callable[...
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    with tempfile.TemporaryDirectory(dir=memory_folder(), ignore_cleanup_errors=True) as name:
-        monkeypatch.setenv(ENVIRONMENT, f"{name}/cache")
-        yield Path(name)
+    monkeypatch.setenv(ENVIRONMENT, str(memory_folder / "cache"))
+    return memory_folder
+
+
+def started(root: Path) -> FileServer:
+    server = FileServer(root)
+    server.start()
+    return server
 
 
 def take(url: str, root: Path, bound: int | None = None, *, every: int = 1) -> None:
@@ -113,7 +117,7 @@ def damage(chance: random.Random, path: Path, others: list[Path]) -> None:
 def run(seed: int, cases: int, root: Path, folder: Path) -> tuple[int, int]:
     """Damage a warm cache and use it, again and again; how often without a server, and how often that was enough."""
     chance, kept, cache = random.Random(seed), folder / "kept", folder / "cache"
-    server, was_offline, was_enough = FolderServer(root), 0, 0
+    server, was_offline, was_enough = started(root), 0, 0
     take(server.url, root, every=2)
     shutil.copytree(cache, kept)
     for _ in range(cases):
@@ -127,15 +131,14 @@ def run(seed: int, cases: int, root: Path, folder: Path) -> tuple[int, int]:
             take(server.url, root, bound)
             continue
         was_offline += 1
-        for path in root.rglob("*"):
-            server.refuse[str(path.relative_to(root))] = (503, 100)
+        server.instead = lambda asked, right: Answer(503)
         try:
             take(server.url, root, bound, every=2)
             was_enough += 1
         except RemoteError:
             pass
-        server.refuse.clear()
-    server.close()
+        server.instead = no_fault
+    server.stop()
     return was_offline, was_enough
 
 
@@ -152,7 +155,7 @@ def mirrors(folder: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", [0, 1], ids=["shards", "resharded"])
 def test_an_entry_that_says_that_its_piece_is_here_is_not_believed(kind: int, roots: list[Path], folder: Path) -> None:
     """One bit of the time makes an absent piece present, and one of its place another's."""
-    server = FolderServer(roots[kind])
+    server = started(roots[kind])
     take(server.url, roots[kind], every=2)
     for path in mirrors(folder):
         raw, begin = path.read_bytes(), table_begins_at(path)
@@ -161,12 +164,12 @@ def test_an_entry_that_says_that_its_piece_is_here_is_not_believed(kind: int, ro
             path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
             take(server.url, roots[kind])
             path.write_bytes(raw)
-    server.close()
+    server.stop()
 
 
 def test_a_table_out_of_order_is_none(roots: list[Path], folder: Path) -> None:
     """The begin of a piece that is not here, behind its end: who tidies up cannot free that, and need not."""
-    server = FolderServer(roots[0])
+    server = started(roots[0])
     take(server.url, roots[0], every=2)
     path = max(mirrors(folder))
     with closing(opened(path)) as mirror:
@@ -176,7 +179,7 @@ def test_a_table_out_of_order_is_none(roots: list[Path], folder: Path) -> None:
         os.pwrite(mirror.descriptor, (absent.end + 4096).to_bytes(8, "little"), table_begins_at(path) + 32)
         os.posix_fallocate(mirror.descriptor, absent.begin, absent.end - absent.begin)
     take(server.url, roots[0], 100 << 20, every=2)
-    server.close()
+    server.stop()
 
 
 def opened(path: Path) -> Mirror:
@@ -187,7 +190,7 @@ def opened(path: Path) -> Mirror:
 
 def test_pieces_that_are_cut_otherwise_are_fetched_again(roots: list[Path], folder: Path) -> None:
     """As another version may have: one piece where there are two now."""
-    server = FolderServer(roots[0])
+    server = started(roots[0])
     take(server.url, roots[0], every=2)
     file = next(one for one in open_cached(server.url).manifest.files)
     path = next(path for path in mirrors(folder) if path.name == file.path)
@@ -197,7 +200,7 @@ def test_pieces_that_are_cut_otherwise_are_fetched_again(roots: list[Path], fold
     with closing(opened(path)) as mirror:
         mirror.mark(range(len(pieces) - 1), 7, absent=True)
     take(server.url, roots[0])
-    server.close()
+    server.stop()
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff" * 8, b"\xff" * 16, bytes(16), b"\x00" * 7 + b"\x7f", b"x" * 4000])
@@ -233,7 +236,7 @@ def test_one_other_letter_and_a_note_says_nothing(folder: Path) -> None:
 def test_what_is_in_the_way_is_said_in_one_sentence(kind: str, roots: list[Path], folder: Path) -> None:
     if kind == "no permission" and os.geteuid() == 0:
         pytest.skip("nothing is forbidden to root")
-    server = FolderServer(roots[1])
+    server = started(roots[1])
     take(server.url, roots[1])
     for path in [*mirrors(folder), *(folder / "cache" / "places").iterdir()]:
         raw = path.read_bytes()
@@ -253,4 +256,4 @@ def test_what_is_in_the_way_is_said_in_one_sentence(kind: str, roots: list[Path]
                 take(server.url, roots[1], bound)
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     assert CacheFolder(folder / "cache").small_bytes > 0
-    server.close()
+    server.stop()

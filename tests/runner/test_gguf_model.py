@@ -48,7 +48,7 @@ from runner.model import Model
 from runner.parameters import Parameters
 from runner.sizes import measure, routed_experts
 from runner.weights import WeightStore
-from tests.gguf_files import Kinds, write_model
+from tests.gguf_files import Kinds, write_gguf, write_model
 
 IDS = torch.randint(288, (19,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -459,7 +459,7 @@ def test_a_manifest_that_lies_about_blocks_is_refused(cases: Cases, monkeypatch:
     checkpoint = manifests.open(cases("v3", "mixed").gguf)
     entry = next(one for one in checkpoint.manifest.files[0].tensors if one.encoding == "Q4_0")
     object.__setattr__(entry, "logical_shape", (*entry.logical_shape[:-1], entry.logical_shape[-1] + 32))
-    monkeypatch.setattr("runner.loaded.open_model", lambda path: checkpoint)
+    monkeypatch.setattr("runner.opening.open_model", lambda path: checkpoint)
     with pytest.raises(IntegrityError, match=r"in Q4_0 and stored as U8 .* 18 bytes, so the checkpoint is damaged"):
         open_checkpoint(checkpoint.root)
 
@@ -523,3 +523,9 @@ def test_commands_take_the_file(cases: Cases, call: Callable[..., Result], tmp_p
         found = json.loads(call("doctor", "-m", path, "--json").stdout)
         assert {problem["topic"] for problem in found["problems"]} == {"tokenizer"}
         assert found["forecast"]["budget"]["dense_bytes"] > 0
+
+
+def test_what_the_metadata_lacks_is_said_of_the_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", change={"rope.freq_base": None})
+    with pytest.raises(ManifestError, match=r"^.*x\.gguf: as its metadata has it, config\.json lacks rope_theta"):
+        LoadedModel(tmp_path / "x.gguf")

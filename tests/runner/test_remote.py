@@ -6,9 +6,9 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,17 @@ from runner.cache_folder import ENVIRONMENT
 from runner.contents import group_of
 from runner.fetch_progress import until_first
 from runner.loaded import LoadedModel
-from tests.web_servers import NGINX, FolderServer, memory_folder, nginx, serving
+from tests.file_server import FileServer, serve
+from tests.nginx import needs_nginx, nginx
 
 Call = Callable[..., Result]
 IDS = [3, 17, 200, 5, 5, 90]
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own for each test, in memory where that can be, and a server that is gone is noticed at once."""
-    with tempfile.TemporaryDirectory(dir=memory_folder(), ignore_cleanup_errors=True) as name:
-        yield _use(Path(name) / "cache", monkeypatch)
+def cache(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test, and a server that is gone is noticed at once."""
+    return _use(memory_folder / "cache", monkeypatch)
 
 
 def _use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -89,17 +89,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, reshar
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Path], FolderServer]]:
+def start() -> Iterator[Callable[[Path], FileServer]]:
     """Start servers that end with the test."""
-    servers = []
-
-    def start(root: Path) -> FolderServer:
-        servers.append(FolderServer(root))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with ExitStack() as servers:
+        yield lambda root: servers.enter_context(serve(root))
 
 
 def logits(path: Path | str, **options: Any) -> Tensor:
@@ -108,9 +101,9 @@ def logits(path: Path | str, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["demo", "bf16", "fp8", "demo-resharded", "bf16-resharded", "fp8-resharded"])
 def test_logits_are_those_from_disk(
-    name: str, checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer]
+    name: str, checkpoints: dict[str, Path], start: Callable[[Path], FileServer]
 ) -> None:
-    server = serve(checkpoints[name])
+    server = start(checkpoints[name])
     expected = logits(checkpoints[name])
     assert torch.equal(logits(server.url), expected)
     assert server.most_at_once > 1, "nothing was asked for at the same time"
@@ -121,19 +114,16 @@ def test_logits_are_those_from_disk(
     assert server.sent() == shards
 
 
-@pytest.mark.skipif(not NGINX.exists(), reason="nginx is not installed")
+@needs_nginx
 @pytest.mark.parametrize("name", ["demo", "demo-resharded"])
 def test_from_nginx_to_a_disk(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(tmp_path / "cache", monkeypatch)
-    served = tmp_path / "served"
-    shutil.copytree(checkpoints[name], served)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        os.chmod(folder, 0o755)  # its workers are another user
-    with nginx(served, tmp_path / "nginx") as url:
-        assert torch.equal(logits(url), logits(served))
-        assert torch.equal(logits(url), logits(served))
+    with nginx(checkpoints[name], tmp_path / "nginx") as url:
+        expected = logits(checkpoints[name])
+        assert torch.equal(logits(url), expected)
+        assert torch.equal(logits(url), expected)
 
 
 def needed_bytes(path: Path, used: set[tuple[int, int]]) -> int:
@@ -152,9 +142,9 @@ def greedy(loaded: LoadedModel) -> list[int]:
 
 @pytest.mark.parametrize("name", ["demo-resharded", "bf16-resharded"])
 def test_what_is_fetched_is_what_is_needed_and_nothing_twice(
-    name: str, checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer]
+    name: str, checkpoints: dict[str, Path], start: Callable[[Path], FileServer]
 ) -> None:
-    server, used = serve(checkpoints[name]), set()
+    server, used = start(checkpoints[name]), set()
     loaded = LoadedModel(server.url, ctx=64, speculate="off")
     loaded.model.observer = lambda layer, chosen: used.update((layer, int(one)) for one in chosen.unique())
     first = greedy(loaded)
@@ -165,12 +155,12 @@ def test_what_is_fetched_is_what_is_needed_and_nothing_twice(
     server.forget()
     again = LoadedModel(server.url, ctx=64, speculate="off")
     assert greedy(again) == first
-    assert dict(server.statuses) == {304: 1}
+    assert [asked.status for asked in server.asked] == [304]
     assert (again.weights.usage.fetched_bytes, again.weights.usage.fetch_wait_s) == (0, 0.0)
 
 
 def test_an_expert_in_original_shards_is_fetched_alone(
-    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], tmp_path: Path
+    checkpoints: dict[str, Path], start: Callable[[Path], FileServer], tmp_path: Path
 ) -> None:
     """Shards of many experts: what lies between the pieces of chosen ones is not asked for."""
     single = tmp_path / "one-shard"
@@ -184,7 +174,7 @@ def test_an_expert_in_original_shards_is_fetched_alone(
     save_file(tensors, single / "model.safetensors")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo.path() / name, single / name)
-    server, used = serve(single), set()
+    server, used = start(single), set()
     loaded = LoadedModel(server.url, ctx=64, speculate="off")
     loaded.model.observer = lambda layer, chosen: used.update((layer, int(one)) for one in chosen.unique())
     server.forget()
@@ -193,8 +183,8 @@ def test_an_expert_in_original_shards_is_fetched_alone(
     assert server.sent("model.safetensors") == needed_bytes(single, used)
 
 
-def test_of_the_embedding_only_the_pieces_of_its_rows(wide: Path, serve: Callable[[Path], FolderServer]) -> None:
-    server = serve(wide)
+def test_of_the_embedding_only_the_pieces_of_its_rows(wide: Path, start: Callable[[Path], FileServer]) -> None:
+    server = start(wide)
     loaded = LoadedModel(server.url, ctx=64)
     size = 150_000 * 72 * 2
     assert CHUNK_BYTES < size < 2 * CHUNK_BYTES
@@ -210,16 +200,16 @@ def test_of_the_embedding_only_the_pieces_of_its_rows(wide: Path, serve: Callabl
 def test_a_warm_cache_works_without_its_server(
     checkpoints: dict[str, Path],
     call: Call,
-    serve: Callable[[Path], FolderServer],
+    start: Callable[[Path], FileServer],
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("demo-resharded", "demo"):
-        server = serve(checkpoints[name])
+        server = start(checkpoints[name])
         arguments = ("generate", "-m", server.url, "-n", "4", "--temp", "0", "-p")
         first = call(*arguments, "def ")
         assert first.exit_code == 0
-        server.close()
+        server.stop()
         second = call(*arguments, "def ")
         assert (second.exit_code, second.stdout) == (0, first.stdout), second.stderr
         assert "cannot be reached" in second.stderr
@@ -233,8 +223,8 @@ def test_a_warm_cache_works_without_its_server(
     assert call(*arguments, "def ").exit_code == 1
 
 
-def test_figures_of_a_run(checkpoints: dict[str, Path], call: Call, serve: Callable[[Path], FolderServer]) -> None:
-    server = serve(checkpoints["demo-resharded"])
+def test_figures_of_a_run(checkpoints: dict[str, Path], call: Call, start: Callable[[Path], FileServer]) -> None:
+    server = start(checkpoints["demo-resharded"])
     result = call("generate", "-m", server.url, "-p", "def ", "-n", "4", "--json")
     stats = json.loads(result.stdout)["stats"]
     assert stats["fetched_bytes"] == server.sent(".safetensors")
@@ -254,9 +244,9 @@ class Terminal(io.StringIO):
 
 
 def test_what_is_fetched_is_shown_until_there_is_text(
-    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], start: Callable[[Path], FileServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve(checkpoints["demo-resharded"])
+    server = start(checkpoints["demo-resharded"])
     server.delay_s = 0.05
     monkeypatch.setattr(fetch_progress, "_PAUSE_S", 0.01)
     for path, quiet, is_shown in ((server.url, True, False), (None, False, False), (server.url, False, True)):
@@ -291,12 +281,12 @@ def test_every_command_takes_an_address_or_says_why_not(
     exit_code: int,
     checkpoints: dict[str, Path],
     call: Call,
-    serve: Callable[[Path], FolderServer],
+    start: Callable[[Path], FileServer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    server = serve(checkpoints["demo-resharded"])
+    server = start(checkpoints["demo-resharded"])
     result = call(command[0], "-m", server.url, *command[1:], stdin="hello\n")
     assert result.exit_code == exit_code, result.output
     if exit_code:
@@ -305,9 +295,9 @@ def test_every_command_takes_an_address_or_says_why_not(
 
 
 def test_doctor_fetches_no_weights(
-    checkpoints: dict[str, Path], call: Call, serve: Callable[[Path], FolderServer]
+    checkpoints: dict[str, Path], call: Call, start: Callable[[Path], FileServer]
 ) -> None:
-    server = serve(checkpoints["demo-resharded"])
+    server = start(checkpoints["demo-resharded"])
     result = call("doctor", "-m", server.url)
     assert "can run    yes" in result.stdout
     assert "on a server" in result.stdout
@@ -315,9 +305,9 @@ def test_doctor_fetches_no_weights(
 
 
 def test_too_small_a_cache_is_refused_and_names_what_is_enough(
-    checkpoints: dict[str, Path], call: Call, serve: Callable[[Path], FolderServer]
+    checkpoints: dict[str, Path], call: Call, start: Callable[[Path], FileServer]
 ) -> None:
-    server = serve(checkpoints["demo-resharded"])
+    server = start(checkpoints["demo-resharded"])
     arguments = ("generate", "-m", server.url, "-p", "def ", "-n", "3", "--temp", "0")
     expected = call(*arguments)
     server.forget()
@@ -330,52 +320,52 @@ def test_too_small_a_cache_is_refused_and_names_what_is_enough(
     assert call(*arguments, "--cache-size", least.replace(" ", "")).stdout == expected.stdout
 
 
-def test_one_file_is_no_model(checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer]) -> None:
+def test_one_file_is_no_model(checkpoints: dict[str, Path], start: Callable[[Path], FileServer]) -> None:
     with pytest.raises(SourceNotFoundError, match="one file"):
-        LoadedModel(serve(checkpoints["fp8"]).url + "/model.safetensors")
+        LoadedModel(start(checkpoints["fp8"]).url + "/model.safetensors")
     with pytest.raises(SourceNotFoundError, match=r"no manifest\.json"):
-        LoadedModel(serve(checkpoints["fp8"]).url + "/elsewhere")
+        LoadedModel(start(checkpoints["fp8"]).url + "/elsewhere")
 
 
-def test_a_server_without_names_of_states(checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer]) -> None:
+def test_a_server_without_names_of_states(checkpoints: dict[str, Path], start: Callable[[Path], FileServer]) -> None:
     """No ETag: the manifest is read again, its bytes say that it is the same."""
-    server = serve(checkpoints["demo-resharded"])
-    server.with_etag = False
+    server = start(checkpoints["demo-resharded"])
+    server.etag = lambda path: None
     first = logits(server.url)
     server.forget()
     assert torch.equal(logits(server.url), first)
-    assert list(server.ranges) == ["manifest.json"]
+    assert list(server.spans) == ["manifest.json"]
 
 
 def test_a_new_name_for_the_same_state_is_remembered(
-    checkpoints: dict[str, Path], serve: Callable[[Path], FolderServer], tmp_path: Path
+    checkpoints: dict[str, Path], start: Callable[[Path], FileServer], tmp_path: Path
 ) -> None:
     """A server that was set up anew: the manifest is read once more, and not again."""
     root = shutil.copytree(checkpoints["bf16-resharded"], tmp_path / "copy")
-    server = serve(root)
+    server = start(root)
     first = logits(server.url)
     os.utime(root / "manifest.json", (1, 1))
     for asked in (["manifest.json"], []):
         server.forget()
         assert torch.equal(logits(server.url), first)
-        assert list(server.ranges) == asked
+        assert list(server.spans) == asked
 
 
 def test_a_repository_of_the_hub(
     checkpoints: dict[str, Path],
-    serve: Callable[[Path], FolderServer],
+    start: Callable[[Path], FileServer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its commit says whether it is the same; nothing else is asked then."""
     root, root_of_next = checkpoints["demo"], tmp_path / "next"
-    server = serve(root)
+    server = start(root)
     listed = {path.name: hub.Listed(size=path.stat().st_size, sha256=None) for path in root.iterdir()}
     asked = []
 
     def resolve(text: str) -> hub.Repository:
         asked.append(text)
-        return hub.Repository(name=text, url=server.url, commit="c0", authorization=None, files=listed)
+        return hub.Repository(name=text, url=server.url, file=None, commit="c0", authorization=None, files=listed)
 
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr(hub, "is_offline", lambda _: False)
@@ -386,7 +376,7 @@ def test_a_repository_of_the_hub(
 
     # Another commit with the same files: looked at once.
     shutil.copytree(root, root_of_next, dirs_exist_ok=True)
-    following = serve(root_of_next.parent)
+    following = start(root_of_next.parent)
     server.url = f"{following.url}/next"
     assert torch.equal(logits("hf://org/name"), expected)
     assert following.sent() == len(list(root.glob("*.safetensors*")))
@@ -416,18 +406,18 @@ def test_a_repository_of_the_hub(
 
 def test_a_cache_that_cannot_be_made_is_named(
     checkpoints: dict[str, Path],
-    serve: Callable[[Path], FolderServer],
+    start: Callable[[Path], FileServer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "file" / "below"))
     with pytest.raises(ToolkitError, match=ENVIRONMENT):
-        LoadedModel(serve(checkpoints["fp8"]).url)
+        LoadedModel(start(checkpoints["fp8"]).url)
 
 
 def test_an_unused_server_is_closed_behind_a_block(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+    with serve(tmp_path) as server:
         url = server.url
     with pytest.raises(RemoteError, match="cannot be reached"):
         LoadedModel(url)

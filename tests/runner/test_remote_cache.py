@@ -7,9 +7,8 @@ import hashlib
 import itertools
 import os
 import random
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -25,13 +24,11 @@ from runner import cache_folder, filesystem
 from runner.cache_folder import TENSORS, CacheFolder, find_root
 from runner.mirror import Mirror, kept_bytes, own_bytes
 from runner.pieces import REQUEST_BYTES, Piece, cut, disk_bytes, requests, touched
-from tests.web_servers import memory_folder
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=memory_folder(), ignore_cleanup_errors=True) as name:
-        yield Path(name)
+def folder(memory_folder: Path) -> Path:
+    return memory_folder
 
 
 def entry(sizes: list[int], *, gap: int = 0, chunks: bool = True) -> FileEntry:

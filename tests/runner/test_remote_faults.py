@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,8 @@ from runner import demo
 from runner.cache_folder import ENVIRONMENT, CacheFolder
 from runner.loaded import LoadedModel
 from runner.mirror import Mirror
-from tests.web_servers import FolderServer, memory_folder
+from tests.file_server import Answer, FileServer, no_fault, serve
+from tests.wrong_answers import flip, once
 
 Call = Callable[..., Result]
 HEAD = "model/head.safetensors"
@@ -40,11 +40,10 @@ IDS = [3, 17, 200, 5]
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=memory_folder(), ignore_cleanup_errors=True) as name:
-        monkeypatch.setenv(ENVIRONMENT, name)
-        monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
-        yield Path(name)
+def cache(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(ENVIRONMENT, str(memory_folder))
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    return memory_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +58,15 @@ def copy(resharded: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(resharded: Path) -> Iterator[FolderServer]:
-    found = FolderServer(resharded)
-    yield found
-    found.close()
+def server(resharded: Path) -> Iterator[FileServer]:
+    with serve(resharded) as found:
+        yield found
 
 
 @pytest.fixture
-def of_copy(copy: Path) -> Iterator[FolderServer]:
-    found = FolderServer(copy)
-    yield found
-    found.close()
+def of_copy(copy: Path) -> Iterator[FileServer]:
+    with serve(copy) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +118,18 @@ def offset_of(root: Path, name: str) -> int:
 # ---- damage ----
 
 
-def test_a_damaged_piece_is_fetched_once_more(server: FolderServer, expected: torch.Tensor, resharded: Path) -> None:
-    server.corrupt[HEAD] = (offset_of(resharded, "lm_head.weight") + 7, 1)
+def test_a_damaged_piece_is_fetched_once_more(server: FileServer, expected: torch.Tensor, resharded: Path) -> None:
+    server.instead = once(flip(HEAD, offset_of(resharded, "lm_head.weight") + 7))
     assert torch.equal(logits(server.url), expected)
-    asked = [pair for pair in server.ranges[HEAD] if pair[1] - pair[0] > 2_000_000]
+    asked = [pair for pair in server.spans[HEAD] if pair[1] - pair[0] > 2_000_000]
     assert len(asked) == 2
 
 
 def test_what_stays_damaged_is_refused_by_name_and_never_kept(
-    server: FolderServer, expected: torch.Tensor, resharded: Path, cache: Path
+    server: FileServer, expected: torch.Tensor, resharded: Path, cache: Path
 ) -> None:
-    server.corrupt[HEAD] = (offset_of(resharded, "lm_head.weight") + 7, 1000)
+    at = offset_of(resharded, "lm_head.weight") + 7
+    server.instead = flip(HEAD, at)
     with pytest.raises(IntegrityError, match=rf"{server.url}/{HEAD}: bytes \d+ to \d+, of lm_head\.weight"):
         logits(server.url)
     assert all(end - begin < 2_000_000 for begin, end in marked(cache).get(HEAD, []))
@@ -140,15 +138,15 @@ def test_what_stays_damaged_is_refused_by_name_and_never_kept(
     with closing(mirror):
         assert mirror.allocated_bytes() < 100_000, "bytes that nobody will read take the disk's room"
     assert_ledger_is_right(cache)
-    assert 1000 - server.corrupt[HEAD][1] == 2
-    server.corrupt.clear()
+    assert len([begin for begin, end in server.spans[HEAD] if begin <= at < end]) == 2
+    server.instead = no_fault
     assert torch.equal(logits(server.url), expected)
 
 
-def test_an_expert_that_stays_damaged_ends_the_command(server: FolderServer, call: Call, resharded: Path) -> None:
+def test_an_expert_that_stays_damaged_ends_the_command(server: FileServer, call: Call, resharded: Path) -> None:
     name = "layers/2/experts/{:02}.safetensors"
-    for expert in range(64):
-        server.corrupt[name.format(expert)] = (4096, 1000)
+    wrong = {name.format(expert): flip(name.format(expert), 4096) for expert in range(64)}
+    server.instead = lambda asked, right: wrong.get(asked.name, no_fault)(asked, right)
     result = call("generate", "-m", server.url, "-p", "def ", "-n", "2")
     assert result.exit_code == 13
     assert "model.layers.2.mlp.experts." in result.stderr
@@ -158,7 +156,7 @@ def test_an_expert_that_stays_damaged_ends_the_command(server: FolderServer, cal
 # ---- changes ----
 
 
-def test_a_new_manifest_is_a_new_state(of_copy: FolderServer, copy: Path, expected: torch.Tensor, cache: Path) -> None:
+def test_a_new_manifest_is_a_new_state(of_copy: FileServer, copy: Path, expected: torch.Tensor, cache: Path) -> None:
     assert torch.equal(logits(of_copy.url), expected)
     manifest = manifests.open(copy).manifest
     assert len(list((cache / "states").iterdir())) == 1
@@ -170,8 +168,7 @@ def test_a_new_manifest_is_a_new_state(of_copy: FolderServer, copy: Path, expect
 
 
 def test_original_shards_that_changed_are_another_state(tmp_path: Path, tiny_copy: Path, tiny_checkpoint: Path) -> None:
-    server = FolderServer(tiny_copy)
-    with closing(server):
+    with serve(tiny_copy) as server:
         first = logits(server.url)
         shard = tiny_copy / "model-00002-of-000002.safetensors"
         raw = bytearray(shard.read_bytes())
@@ -185,8 +182,7 @@ def test_original_shards_that_changed_are_another_state(tmp_path: Path, tiny_cop
 @pytest.mark.parametrize("kind", ["resharded", "shards"])
 def test_a_file_that_changes_during_the_run_is_refused(kind: str, copy: Path, tmp_path: Path) -> None:
     root = copy if kind == "resharded" else shutil.copytree(demo.path(), tmp_path / "shards")
-    server = FolderServer(root)
-    with closing(server):
+    with serve(root) as server:
         loaded = LoadedModel(server.url, ctx=64)
         loaded.weights.rows("model.embed_tokens.weight", [1])
         for path in root.rglob("*.safetensors"):
@@ -197,7 +193,7 @@ def test_a_file_that_changes_during_the_run_is_refused(kind: str, copy: Path, tm
             loaded.logits(IDS)
 
 
-def test_a_file_of_another_size_is_refused(of_copy: FolderServer, copy: Path) -> None:
+def test_a_file_of_another_size_is_refused(of_copy: FileServer, copy: Path) -> None:
     loaded = LoadedModel(of_copy.url, ctx=64)
     path = copy / "model" / "embed.safetensors"
     path.write_bytes(path.read_bytes() + b"more")
@@ -205,7 +201,7 @@ def test_a_file_of_another_size_is_refused(of_copy: FolderServer, copy: Path) ->
         loaded.logits(IDS)
 
 
-def test_a_file_that_is_gone_is_named(of_copy: FolderServer, copy: Path, call: Call) -> None:
+def test_a_file_that_is_gone_is_named(of_copy: FileServer, copy: Path, call: Call) -> None:
     (copy / HEAD).unlink()
     result = call("generate", "-m", of_copy.url, "-p", "def ", "-n", "2")
     assert result.exit_code == 10
@@ -213,9 +209,7 @@ def test_a_file_that_is_gone_is_named(of_copy: FolderServer, copy: Path, call: C
 
 
 @pytest.mark.parametrize("path", ["../../evil.safetensors", "/tmp/evil.safetensors", "a/../../b.safetensors"])
-def test_paths_that_lead_out_of_the_cache_are_refused(
-    path: str, of_copy: FolderServer, copy: Path, cache: Path
-) -> None:
+def test_paths_that_lead_out_of_the_cache_are_refused(path: str, of_copy: FileServer, copy: Path, cache: Path) -> None:
     raw = (copy / "manifest.json").read_bytes().replace(b'"model/head.safetensors"', json.dumps(path).encode())
     raw = re.sub(rb'"manifest_sha256":"[0-9a-f]{64}"', b'"manifest_sha256":"' + b"0" * 64 + b'"', raw)
     raw = raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)
@@ -229,48 +223,47 @@ def test_paths_that_lead_out_of_the_cache_are_refused(
 # ---- connections ----
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(server: FolderServer, expected: torch.Tensor) -> None:
+def test_a_broken_connection_is_taken_up_where_it_broke(server: FileServer, expected: torch.Tensor) -> None:
     name = "model/embed.safetensors"
-    server.cut[name] = (100_000, 2)
+    server.instead = once(lambda asked, right: right.cut(100_000) if asked.name == name else None, times=2)
     assert torch.equal(logits(server.url), expected)
-    (begin, end), *later = server.ranges[name]
+    (begin, end), *later = server.spans[name]
     assert later == [(begin + 100_000, end), (begin + 200_000, end)]
 
 
-def test_a_busy_server_is_asked_again(server: FolderServer, expected: torch.Tensor) -> None:
-    server.refuse[HEAD] = (503, 3)
+def test_a_busy_server_is_asked_again(server: FileServer, expected: torch.Tensor) -> None:
+    server.instead = once(lambda asked, right: Answer(503) if asked.name == HEAD else None, times=3)
     assert torch.equal(logits(server.url), expected)
 
 
 def test_a_server_that_goes_away_ends_the_run_and_the_next_goes_on(
-    resharded: Path, expected: torch.Tensor, cache: Path, call: Call
+    server: FileServer, expected: torch.Tensor, cache: Path, call: Call
 ) -> None:
-    first = FolderServer(resharded)
-    first.refuse["layers/3/dense.safetensors"] = (503, 10_000)
-    result = call("logits", "-m", first.url, "--ids", ",".join(map(str, IDS)))
+    server.instead = lambda asked, right: Answer(503) if asked.name == "layers/3/dense.safetensors" else None
+    result = call("logits", "-m", server.url, "--ids", ",".join(map(str, IDS)))
     assert result.exit_code == 1
     assert "layers/3/dense.safetensors: the server answers with status 503" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     before = marked(cache)
     assert before[HEAD] or before["layers/2/dense.safetensors"]
-    first.refuse.clear()
-    first.forget()
-    assert torch.equal(logits(first.url), expected)
-    assert_nothing_twice(first, before)
-    first.close()
+    server.instead = no_fault
+    server.forget()
+    assert torch.equal(logits(server.url), expected)
+    assert_nothing_twice(server, before)
 
 
-def assert_nothing_twice(server: FolderServer, before: dict[str, list[tuple[int, int]]]) -> None:
+def assert_nothing_twice(server: FileServer, before: dict[str, list[tuple[int, int]]]) -> None:
     """No byte that was there was asked for again."""
+    spans = server.spans
     for file, ranges in before.items():
         for begin, end in ranges:
-            for asked_begin, asked_end in server.ranges.get(file, []):
+            for asked_begin, asked_end in spans.get(file, []):
                 assert asked_end <= begin or asked_begin >= end, file
 
 
-def test_a_server_without_ranges_is_refused(server: FolderServer) -> None:
+def test_a_server_without_ranges_is_refused(server: FileServer, resharded: Path) -> None:
     loaded = LoadedModel(server.url, ctx=64)
-    server.ignore_ranges = True
+    server.instead = lambda asked, right: Answer(200, {}, (resharded / asked.name).read_bytes())
     with pytest.raises(RemoteError, match="does not serve ranges"):
         loaded.logits(IDS)
 
@@ -278,8 +271,8 @@ def test_a_server_without_ranges_is_refused(server: FolderServer) -> None:
 # ---- kills and interrupts ----
 
 
-def test_killed_in_the_middle_the_next_run_goes_on(server: FolderServer, cache: Path, text: bytes) -> None:
-    server.chunk_pause_s = 0.003
+def test_killed_in_the_middle_the_next_run_goes_on(server: FileServer, cache: Path, text: bytes) -> None:
+    server.pause_s = 0.003
     seen: dict[str, list[tuple[int, int]]] = {}
     for _ in range(3):
         server.forget()
@@ -293,7 +286,7 @@ def test_killed_in_the_middle_the_next_run_goes_on(server: FolderServer, cache: 
         assert_nothing_twice(server, seen)
         seen = marked(cache)
         assert all(set(before[file]) <= set(seen[file]) for file in before)
-    server.chunk_pause_s = 0
+    server.pause_s = 0
     server.forget()
     process = generate(server.url)
     found, errors = process.communicate(timeout=120)
@@ -302,8 +295,8 @@ def test_killed_in_the_middle_the_next_run_goes_on(server: FolderServer, cache: 
     assert_nothing_twice(server, seen)
 
 
-def test_an_interrupt_ends_at_once(server: FolderServer, cache: Path, text: bytes) -> None:
-    server.chunk_pause_s = 0.5
+def test_an_interrupt_ends_at_once(server: FileServer, cache: Path, text: bytes) -> None:
+    server.pause_s = 0.5
     process = generate(server.url)
     while not server.sent(".safetensors"):
         time.sleep(0.01)
@@ -313,7 +306,7 @@ def test_an_interrupt_ends_at_once(server: FolderServer, cache: Path, text: byte
     assert process.returncode == 130, errors
     assert time.monotonic() - begin < 5
     assert b"Traceback" not in errors
-    server.chunk_pause_s = 0
+    server.pause_s = 0
     before = marked(cache)
     server.forget()
     process = generate(server.url)
@@ -325,19 +318,19 @@ def test_an_interrupt_ends_at_once(server: FolderServer, cache: Path, text: byte
 # ---- two at once ----
 
 
-def test_two_processes_fetch_everything_once(server: FolderServer, text: bytes) -> None:
-    server.chunk_pause_s = 0.002
+def test_two_processes_fetch_everything_once(server: FileServer, text: bytes) -> None:
+    server.pause_s = 0.002
     processes = [generate(server.url) for _ in range(2)]
     for process in processes:
         found, errors = process.communicate(timeout=240)
         assert (process.returncode, found) == (0, text), errors
-    for file, ranges in server.ranges.items():
+    for file, ranges in server.spans.items():
         if file.endswith(".safetensors"):
             spans = sorted(ranges)
             assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans)), file
 
 
-def test_the_bound_holds_with_two_processes(server: FolderServer, cache: Path, text: bytes, call: Call) -> None:
+def test_the_bound_holds_with_two_processes(server: FileServer, cache: Path, text: bytes, call: Call) -> None:
     refused = call("generate", "-m", server.url, "-p", "a", "--cache-size", "1M")
     least = float(refused.stderr.split("needs ")[1].split(" MB of cache")[0])
     bound = int((least + 0.3) * 1e6)
@@ -358,7 +351,7 @@ def test_the_bound_holds_with_two_processes(server: FolderServer, cache: Path, t
     assert bound / 2 < most <= bound
 
 
-def test_evicted_experts_come_again(server: FolderServer, call: Call) -> None:
+def test_evicted_experts_come_again(server: FileServer, call: Call) -> None:
     """A cache of the least size, and texts that need more: every logit is the same."""
     refused = call("generate", "-m", server.url, "-p", "a", "--cache-size", "1M")
     least = int(float(refused.stderr.split("needs ")[1].split(" MB of cache")[0]) * 1e6) + 1
@@ -368,11 +361,11 @@ def test_evicted_experts_come_again(server: FolderServer, call: Call) -> None:
         ids = torch.randint(0, 4096, (40,), generator=chance).tolist()
         found = LoadedModel(server.url, ctx=64, cache_size=least).logits(ids)
         assert torch.equal(found, local.logits(ids))
-    asked = [(name, pair) for name, pairs in server.ranges.items() if "experts" in name for pair in pairs]
+    asked = [(name, pair) for name, pairs in server.spans.items() if "experts" in name for pair in pairs]
     assert len(asked) > len(set(asked)), "nothing was evicted"
 
 
-def test_threads_of_one_process_share_a_cache(server: FolderServer, expected: torch.Tensor, cache: Path) -> None:
+def test_threads_of_one_process_share_a_cache(server: FileServer, expected: torch.Tensor, cache: Path) -> None:
     LoadedModel(server.url)  # small files that two write at once are counted twice, until somebody tidies up
     found: list[torch.Tensor] = []
     threads = [threading.Thread(target=lambda: found.append(logits(server.url))) for _ in range(3)]
@@ -382,7 +375,7 @@ def test_threads_of_one_process_share_a_cache(server: FolderServer, expected: to
         thread.join()
     assert len(found) == 3
     assert all(torch.equal(one, expected) for one in found)
-    assert len(server.ranges[HEAD]) == len(set(server.ranges[HEAD]))
+    assert len(server.spans[HEAD]) == len(set(server.spans[HEAD]))
     assert_ledger_is_right(cache)
 
 
@@ -392,7 +385,7 @@ def assert_ledger_is_right(root: Path) -> None:
     assert cache._ledger.bytes == cache._count(keep=None)
 
 
-def test_a_piece_is_durable_before_it_counts(server: FolderServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_is_durable_before_it_counts(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     unsynced: dict[Mirror, set[int]] = {}
     write, sync, mark, marks = Mirror.write, Mirror.sync, Mirror.mark, 0
 
@@ -424,7 +417,7 @@ def test_a_piece_is_durable_before_it_counts(server: FolderServer, monkeypatch: 
 
 
 def test_a_full_disk_is_said_and_what_is_there_stays(
-    server: FolderServer, cache: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, call: Call
+    server: FileServer, cache: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     write, written = os.pwrite, 0
 
@@ -448,19 +441,19 @@ def test_a_full_disk_is_said_and_what_is_there_stays(
     assert_nothing_twice(server, before)
 
 
-def test_a_mirror_of_another_form_is_made_anew(server: FolderServer, cache: Path, expected: torch.Tensor) -> None:
+def test_a_mirror_of_another_form_is_made_anew(server: FileServer, cache: Path, expected: torch.Tensor) -> None:
     logits(server.url)
     paths = list(cache.glob("states/*/tensors/layers/1/dense.safetensors"))
     paths[0].write_bytes(b"something else")
     server.forget()
     assert torch.equal(logits(server.url), expected)
-    assert [name for name in server.ranges if name.endswith(".safetensors")] == ["layers/1/dense.safetensors"]
+    assert [name for name in server.spans if name.endswith(".safetensors")] == ["layers/1/dense.safetensors"]
 
 
-def test_a_damaged_note_is_asked_for_again(server: FolderServer, cache: Path, expected: torch.Tensor) -> None:
+def test_a_damaged_note_is_asked_for_again(server: FileServer, cache: Path, expected: torch.Tensor) -> None:
     logits(server.url)
     for path in [*cache.glob("places/*"), *cache.glob("states/*/manifest.json")]:
         path.write_bytes(b"{")
         server.forget()
         assert torch.equal(logits(server.url), expected)
-        assert list(server.ranges) == ["manifest.json"]
+        assert list(server.spans) == ["manifest.json"]

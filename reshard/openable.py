@@ -24,7 +24,7 @@ class BlockReader(Protocol):
         """Close it."""
 
 
-class Readable(Protocol):
+class Openable(Protocol):
     """A file that can be opened; as text it is its name for messages. Two that are equal are one file."""
 
     def open(self) -> BlockReader:
@@ -45,7 +45,7 @@ class LocalFile:
         return str(self.path)
 
     def open(self) -> Reader:
-        """See `Readable`."""
+        """See `Openable`."""
         return Reader(self.path)
 
 
@@ -60,7 +60,7 @@ class PackedFile:
         return str(self.path)
 
     def open(self) -> UnpackingReader:
-        """See `Readable`."""
+        """See `Openable`."""
         return UnpackingReader(self.path, self.unpacked_size)
 
 
@@ -74,7 +74,7 @@ class OutputFile:
         return str(self.path)
 
     def open(self) -> Reader:
-        """See `Readable`."""
+        """See `Openable`."""
         # In this order: it is renamed from the one to the other, so it is found under one of them.
         try:
             return Reader(temporary_path(self.path))
