@@ -2,10 +2,8 @@
 
 import dataclasses
 import fnmatch
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -13,7 +11,7 @@ import click
 from manifests import inventory, urls
 from manifests.check import check_files
 from manifests.checkpoint import Checkpoint
-from manifests.console import Group, counted, format_bytes, json_option, print_json, printable
+from manifests.console import Group, counted, format_bytes, json_option, print_json, printable, progress
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, Problem, ToolkitError
 from manifests.json_schema import json_schema
 from manifests.names import parse_name
@@ -144,7 +142,7 @@ def check(path: str, as_json: bool) -> None:
     error: ToolkitError | None = None
     try:
         checkpoint = _open(path)
-        with _progress("files") as watch:
+        with progress("files") as watch:
             # A folder of this machine is looked through before a bar could be read.
             problems = check_files(checkpoint, watch if urls.is_url(path) else None)
     except ManifestError as found:
@@ -222,24 +220,8 @@ def _shown(path: str) -> str:
 
 def _open(path: str) -> Checkpoint:
     """Open a checkpoint, showing how far the headers are that a server is asked for."""
-    with _progress("headers") as watch:
+    with progress("headers") as watch:
         return inventory.open(path, watch)
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """On a terminal, a bar that is told how many of how many are done; it appears when it is first told."""
-    with ExitStack() as shown:
-        bars: list[Any] = []
-
-        def watch(done: int, total: int) -> None:
-            if not bars and total > 1 and sys.stderr is not None and sys.stderr.isatty():
-                bar = click.progressbar(length=total, label=label, file=sys.stderr)
-                bars.append(shown.enter_context(bar))
-            for bar in bars:
-                bar.update(done - bar.pos)
-
-        yield watch
 
 
 def _count(differences: list[Difference]) -> str:

@@ -11,8 +11,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -172,6 +172,22 @@ def parse_size(text: str) -> int:
     if match is None or (match[3] and not match[2]) or len(text) > 30:
         raise click.BadParameter(f"{text!r:.60} is not a size; write it like 500M, 16G or 1.5GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """On a terminal, a bar on stderr that is told how many of how many are done; it appears when it is first told."""
+    with ExitStack() as shown:
+        bars: list[Any] = []
+
+        def watch(done: int, total: int) -> None:
+            if not bars and total > 1 and not quiet and sys.stderr is not None and sys.stderr.isatty():
+                bar = click.progressbar(length=total, label=label, file=sys.stderr)
+                bars.append(shown.enter_context(bar))
+            for bar in bars:
+                bar.update(done - bar.pos)
+
+        yield watch
 
 
 def counted(count: int, noun: str) -> str:

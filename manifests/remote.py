@@ -12,7 +12,7 @@ from manifests import gguf_files, hub, urls
 from manifests.answers import WEB_PAGE
 from manifests.checkpoint import Checkpoint
 from manifests.config import CONFIG_NAME, model_facts, read_config
-from manifests.errors import ForbiddenError, SourceNotFoundError
+from manifests.errors import ForbiddenError, RemoteError, SourceNotFoundError
 from manifests.folder import Cut
 from manifests.header import Header
 from manifests.http import Document, RemoteFile, Web
@@ -115,7 +115,10 @@ class RemoteFolder:
             self.forbidden = error
             return None
         if found is not None and name.endswith(".json") and found.content.lstrip()[:1] == b"<":
-            self.forbidden = ForbiddenError(f"{self.where(name)}: {WEB_PAGE}")
+            page = f"{self.where(name)}: {WEB_PAGE}"
+            if etag is not None:
+                raise RemoteError(page)  # None would say that it is what it was
+            self.forbidden = ForbiddenError(page)
             return None
         return found
 

@@ -60,6 +60,19 @@ def parse(text: str) -> Address:
     return Address(url=urlunsplit((parts.scheme, host, path, query, "")), authorization=authorization)
 
 
+def same(text: str) -> str:
+    """What all ways to write an address have in common: case of the host, its own port and last slashes left out.
+
+    Raises:
+        SourceNotFoundError: See `parse`.
+    """
+    parts = urlsplit(parse(text).url)
+    scheme, host, port = origin(parts.geturl())
+    shown_port = "" if port == _PORTS[scheme] else f":{port}"
+    name = f"[{host}]" if ":" in host else host
+    return urlunsplit((scheme, f"{name}{shown_port}", parts.path.rstrip("/"), parts.query, ""))
+
+
 def join(folder: str, name: str) -> str:
     """The address of a file below a folder; a query, such as a signature for all of it, goes with it.
 

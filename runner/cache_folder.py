@@ -11,12 +11,12 @@ When the bound is reached, what was unused for longest goes: experts first, and 
 used whenever anything of it is. This file knows folders and sizes; it must not know servers or tensors.
 """
 
-import itertools
+import errno
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from manifests.errors import ResourceError, ToolkitError
 from runner import filesystem
 from runner.layout import PAGE_BYTES
 from runner.ledger import Ledger
-from runner.mirror import TEMP_SUFFIX, Entry, Mirror, kept_bytes, own_bytes
+from runner.mirror import TEMP_SUFFIX, Entry, Mirror, kept_bytes, own_bytes, temporary_name
 
 ENVIRONMENT = "EXPERT_RESHARD_CACHE"
 NAME = "expert-reshard"
@@ -40,8 +40,6 @@ _RECOUNT_S = 5.0
 """Behind so long without room somebody may have been killed who had written some down."""
 
 _LONGEST_S = 600.0
-
-_temporary = itertools.count()
 
 
 class _Victim(NamedTuple):
@@ -86,7 +84,7 @@ class CacheFolder:
         try:
             for name in ("states", "places"):
                 (root / name).mkdir(parents=True, exist_ok=True)
-            self._ledger = Ledger(root / "ledger")
+            self._ledger = Ledger(root / "ledger", lambda: self._count(keep=None))
         except OSError as error:
             raise ToolkitError(
                 f"{root}: cannot keep a cache there: {error.strerror}; name another folder in {ENVIRONMENT}"
@@ -112,25 +110,33 @@ class CacheFolder:
 
         Raises:
             ResourceError: The disk is full.
+            ToolkitError: The cache cannot be written to.
         """
-        temporary = path.with_name(f"{os.getpid()}-{next(_temporary)}{TEMP_SUFFIX}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            self._ledger.take(_small_bytes(len(raw)), None)
-            if path.exists():
-                self._ledger.give(_small_bytes(path.stat().st_size))
-            os.replace(temporary, path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise self.refusal(error) from error
+        temporary, taken = path.with_name(temporary_name()), 0
+        with self._refusing():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    file.write(raw)
+                    file.flush()
+                    os.fsync(file.fileno())
+                before = _small_bytes(path.stat().st_size) if path.exists() else 0
+                self._ledger.take(taken := _small_bytes(len(raw)), None)
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                    self._ledger.give(taken)
+                raise
+            self._ledger.give(before)
 
     def refusal(self, error: OSError) -> ToolkitError:
         """What a failed write to the cache is."""
+        if error.errno == errno.EOPNOTSUPP:
+            return ToolkitError(
+                f"{self.root}: its file system frees no parts of files, so no --cache-size can be kept; leave it out, "
+                f"or name another folder in {ENVIRONMENT}"
+            )
         reason = f"{self.root}: cannot be written to: {error.strerror}"
         if error.errno in filesystem.FULL:
             return ResourceError(
@@ -148,33 +154,42 @@ class CacheFolder:
         if self.bound is None or self._is_begun:
             return  # or this very process may be writing what nothing speaks of yet
         self._is_begun = True
-        with self._ledger.alone() as is_alone:
-            if is_alone:
-                self._ledger.set(self._count(keep=key))
-        if (over := self._ledger.bytes - self.bound) > 0:
-            with self._ledger.evicting():
-                self._evict(over)
+        with self._refusing():
+            with self._ledger.alone() as is_alone:
+                if is_alone:
+                    self._ledger.set(self._count(keep=key))
+            if (over := self._ledger.bytes - self.bound) > 0:
+                with self._ledger.evicting():
+                    self._evict(over)
 
     def reserve(self, size: int) -> None:
         """Make room for so many bytes; `release` what was not taken.
 
         Raises:
             ResourceError: The bound is less, or all that is there is in use for minutes.
+            ToolkitError: The cache cannot be written to.
         """
-        begin = time.monotonic()
+        with self._refusing():
+            self._reserve(size)
+
+    def _reserve(self, size: int) -> None:
+        begin, before = time.monotonic(), -1
         is_recounted = False
         while not self._ledger.take(size, self.bound):
             assert self.bound is not None
+            if (total := self._ledger.bytes) != before:
+                begin, before = time.monotonic(), total  # somebody goes on: a slow way may take long
+            waited = time.monotonic() - begin
+            # Nothing is freed for what has no room in any case.
+            if size > self.bound or waited > _LONGEST_S:
+                raise ResourceError(
+                    f"{self.root}: no room for {format_bytes(size)} beside what is in use; give more --cache-size"
+                )
             with self._ledger.evicting():
                 if self._ledger.take(size, self.bound):
                     return
                 # A little more than is needed: looking through all files takes a while.
                 freed = self._evict(max(self._ledger.bytes + size - self.bound, self.bound // 64))
-            waited = time.monotonic() - begin
-            if size > self.bound or waited > _LONGEST_S:
-                raise ResourceError(
-                    f"{self.root}: no room for {format_bytes(size)} beside what is in use; give more --cache-size"
-                )
             if not freed:
                 if waited > _RECOUNT_S and not is_recounted:
                     is_recounted = True
@@ -182,8 +197,20 @@ class CacheFolder:
                 time.sleep(_PAUSE_S)
 
     def release(self, size: int) -> None:
-        """Give back what was reserved and not taken."""
-        self._ledger.give(size)
+        """Give back what was reserved and not taken.
+
+        Raises:
+            ToolkitError: The cache cannot be written to.
+        """
+        with self._refusing():
+            self._ledger.give(size)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise error if isinstance(error, ToolkitError) else self.refusal(error) from error
 
     def _evict(self, wanted: int) -> int:
         """Free about so many bytes of what was unused for longest; how many were."""
@@ -241,7 +268,10 @@ def _files(folder: Path, *, with_temporary: bool = False) -> Iterator[Path]:
 def _open(path: Path) -> Mirror | None:
     """A mirror, unless it went meanwhile or is none."""
     with suppress(FileNotFoundError):
-        return Mirror.open(path)
+        mirror = Mirror.open(path)
+        if mirror is None or mirror.is_in_order:
+            return mirror
+        mirror.close()
     return None
 
 
@@ -305,7 +335,8 @@ def _count_mirror(path: Path, *, repair: bool) -> int:
 
 def _small_files(state: Path) -> int:
     """What the small files of a state take."""
-    return sum(_small_bytes(path.stat().st_size) for path in _files(state) if state / TENSORS not in path.parents)
+    # As they are: a link that somebody put there may lead nowhere.
+    return sum(_small_bytes(path.lstat().st_size) for path in _files(state) if state / TENSORS not in path.parents)
 
 
 def _small_bytes(size: int) -> int:

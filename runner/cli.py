@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from manifests.console import Group, json_option, print_json, printable, quiet_option
+from manifests.console import Group, json_option, print_json, printable, progress, quiet_option
 from runner.cli_bench import bench
 from runner.cli_chat import chat
 from runner.cli_measure import eval_command, logits
 from runner.cli_mtp import mtp
+from runner.cli_open import open_model
 from runner.cli_options import (
     STDIN,
     FileName,
@@ -28,7 +29,6 @@ from runner.cli_options import (
     note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
-    note_offline,
     note_speculation,
     read_text,
     require_stdout,
@@ -121,10 +121,9 @@ def generate(
         raise click.UsageError("--stop must not be empty")
     require_stdout()
     written = _read_prompt(prompt, prompt_file, source)
-    from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(
+    loaded = open_model(
         model,
         ctx=ctx,
         ram=ram,
@@ -135,8 +134,8 @@ def generate(
         speculate=speculate,
         draft_tokens=draft_tokens,
         mtp_input=mtp_input,
+        quiet=quiet,
     )
-    note_offline(loaded, quiet=quiet)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     note_fewer_guesses(draft_tokens, dtype, quiet=quiet)
@@ -186,7 +185,8 @@ def doctor(model: str | None, as_json: bool) -> None:
     """
     from runner.doctor import examine
 
-    report = examine(model)
+    with progress("headers") as watch:
+        report = examine(model, watch)
     if as_json:
         print_json(report.to_document())
     else:

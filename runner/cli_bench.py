@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from manifests.console import json_option, printable, quiet_option
+from runner.cli_open import open_model
 from runner.cli_options import FileName, as_dtype, memory_options, model_option, note, set_threads, threads_option
 
 
@@ -60,7 +61,6 @@ def bench(
     with --pin, those of the trace are in memory before the first token.
     """
     from runner.bench import read_ids, run
-    from runner.loaded import LoadedModel
 
     ids = None if ids_file is None else read_ids(Path(ids_file))
     if ids is not None and len(ids) < prompt_tokens + tokens:
@@ -75,7 +75,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         ids=ids,
-        open_model=lambda: LoadedModel(
+        open_model=lambda: open_model(
             model,
             ctx=prompt_tokens + tokens,
             ram=ram,
@@ -84,6 +84,7 @@ def bench(
             pin=pin,
             dtype=as_dtype(dtype),
             speculate="off",
+            quiet=quiet,
         ),
         say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )

@@ -14,6 +14,7 @@ import click
 
 from manifests.console import Stopped, quiet_option
 from manifests.errors import ToolkitError
+from runner.cli_open import open_model
 from runner.cli_options import (
     as_dtype,
     before_errors,
@@ -25,7 +26,6 @@ from runner.cli_options import (
     note_fewer_guesses,
     note_idle_sampling,
     note_idle_speculation,
-    note_offline,
     note_speculation,
     require_stdin,
     require_stdout,
@@ -99,10 +99,9 @@ def chat(
     require_stdin()
     require_stdout()
     from runner.conversation import Conversation
-    from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(
+    loaded = open_model(
         model,
         ctx=ctx,
         ram=ram,
@@ -113,8 +112,8 @@ def chat(
         speculate=speculate,
         draft_tokens=draft_tokens,
         mtp_input=mtp_input,
+        quiet=quiet,
     )
-    note_offline(loaded, quiet=quiet)
     sampling = loaded.sampling(**given)
     note_idle_sampling(sampling.temperature, given, quiet=quiet)
     note_fewer_guesses(draft_tokens, dtype, quiet=quiet)

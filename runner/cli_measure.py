@@ -17,6 +17,7 @@ import click
 
 from manifests.console import counted, format_rate, format_seconds, json_option, print_json, printable, quiet_option
 from manifests.errors import SourceNotFoundError, ToolkitError, UnsupportedModelError
+from runner.cli_open import open_model
 from runner.cli_options import (
     FileName,
     as_dtype,
@@ -24,7 +25,6 @@ from runner.cli_options import (
     memory_options,
     model_option,
     note,
-    note_offline,
     read_text,
     set_threads,
     threads_option,
@@ -82,11 +82,10 @@ def logits(
     if out is not None:
         check_output(Path(out))
 
-    from runner.loaded import LoadedModel
-
     set_threads(threads)
-    loaded = LoadedModel(model, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off")
-    note_offline(loaded, quiet=quiet)
+    loaded = open_model(
+        model, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off", quiet=quiet
+    )
     read = wanted if prompt is None else loaded.text.encode(prompt)
     with showing_fetched(loaded, quiet=quiet):
         if out is None:
@@ -162,13 +161,19 @@ def eval_command(
     from tqdm import tqdm
 
     from runner.evaluate import Evaluation, evaluate, total
-    from runner.loaded import LoadedModel
 
     set_threads(threads)
-    loaded = LoadedModel(
-        model, ctx=ctx, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off"
+    loaded = open_model(
+        model,
+        ctx=ctx,
+        ram=ram,
+        io=io,
+        cache_size=cache_size,
+        pin=pin,
+        dtype=as_dtype(dtype),
+        speculate="off",
+        quiet=quiet,
     )
-    note_offline(loaded, quiet=quiet)
     ids = {path: loaded.text.encode(text) for path, text in texts.items()}
     begin = time.perf_counter()
     found: dict[str, Evaluation] = {}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from manifests.console import format_bytes, json_option, print_json, printable, quiet_option
+from manifests.console import format_bytes, json_option, print_json, printable, progress, quiet_option
 from manifests.errors import ToolkitError
+from runner.cli_open import note_idle_cache_size
 from runner.cli_options import (
     FileName,
     as_dtype,
@@ -90,7 +91,9 @@ def mtp(
     from runner.opening import config_of, open_checkpoint
 
     text = None if file is None else read_text(file)
-    checkpoint = open_checkpoint(model, cache_size)
+    note_idle_cache_size(model, cache_size, quiet=quiet)
+    with progress("headers", quiet=quiet) as watch:
+        checkpoint = open_checkpoint(model, cache_size, watch)
     parts = MtpParts(checkpoint, config_of(checkpoint))
     document: dict[str, Any] = parts.to_document()
     if not as_json:

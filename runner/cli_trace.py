@@ -14,6 +14,7 @@ import click
 
 from manifests.console import counted, json_option, parse_size, print_json, printable, quiet_option
 from manifests.errors import ToolkitError
+from runner.cli_open import open_model
 from runner.cli_options import (
     FileName,
     as_dtype,
@@ -21,7 +22,6 @@ from runner.cli_options import (
     hides_bar,
     model_option,
     note,
-    note_offline,
     read_text,
     set_threads,
 )
@@ -79,14 +79,20 @@ def trace(
     path = Path(out)
     check_output(path)
     text = prompt if prompt is not None else read_text(str(prompt_file))
-    from runner.loaded import LoadedModel
     from runner.trace import TraceRecorder, save
 
     set_threads(threads)
-    loaded = LoadedModel(
-        model, ctx=ctx, ram=ram, io=io, cache_size=cache_size, pin=pin, dtype=as_dtype(dtype), speculate="off"
+    loaded = open_model(
+        model,
+        ctx=ctx,
+        ram=ram,
+        io=io,
+        cache_size=cache_size,
+        pin=pin,
+        dtype=as_dtype(dtype),
+        speculate="off",
+        quiet=quiet,
     )
-    note_offline(loaded, quiet=quiet)
     config = loaded.model.config
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     if not layers:

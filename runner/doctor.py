@@ -20,6 +20,7 @@ from manifests.config import read_object
 from manifests.console import counted, format_bytes
 from manifests.errors import IncompleteError, IntegrityError, ManifestError, ToolkitError
 from manifests.folder import LocalFolder
+from manifests.remote import Watch
 from runner import demo, machine
 from runner.config import ModelConfig
 from runner.expected import head_of, main_tensors
@@ -150,8 +151,13 @@ class Report:
         yield f"can run    {'no' if self.problems else 'yes'}"
 
 
-def examine(path: str | Path | None) -> Report:
-    """Check this machine and a checkpoint; None is the embedded demo model."""
+def examine(path: str | Path | None, watch: Watch | None = None) -> Report:
+    """Check this machine and a checkpoint.
+
+    Args:
+        path: Its path or its address; None is the embedded demo model.
+        watch: Is told how many of how many headers were read of original shards on a server.
+    """
     found = _Findings()
     packages: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -168,7 +174,7 @@ def examine(path: str | Path | None) -> Report:
         active = kernels.active()
         compiled = None if active is None else active.variant
     here = machine.examine()
-    model, expected = _examine_model(path, found, can_import=None not in packages.values())
+    model, expected = _examine_model(path, found, watch, can_import=None not in packages.values())
     return Report(
         machine=here,
         packages=packages,
@@ -203,7 +209,7 @@ class _Findings:
 
 
 def _examine_model(
-    path: str | Path | None, found: _Findings, *, can_import: bool
+    path: str | Path | None, found: _Findings, watch: Watch | None, *, can_import: bool
 ) -> tuple[ModelFacts, Forecast | None]:
     facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
     if not can_import:
@@ -213,7 +219,7 @@ def _examine_model(
     from runner.opening import config_of, open_checkpoint
     from runner.text import Text
 
-    checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path))
+    checkpoint = found.attempt("checkpoint", lambda: open_checkpoint(path, watch=watch))
     if checkpoint is None:
         return facts, None
     model_type = checkpoint.manifest.model.model_type

@@ -1,20 +1,23 @@
 """How many bytes the cache takes of its disk: one number, shared by all processes that use it.
 
 Room is written down before it is taken and again when it was given back, so the number is never too low; what a killed
-process had written down is found out by the next that is alone there.
+process had written down is found out by the next that is alone there. What is no number that was written here is
+counted anew.
 """
 
 import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runner import filesystem
 
-_NUMBER = struct.Struct("<q")
+_NUMBER = struct.Struct("<qq")
+"""The number, and all of its bits the other way round."""
+
 _COUNT, _EVICTION, _USERS = 0, 1, 2
 """Bytes of the file that are locked: while the number changes, while somebody evicts, while a process is there."""
 
@@ -24,11 +27,13 @@ class Ledger:
 
     Args:
         path: Its file; made when there is none.
+        count: Finds out what the cache takes, where that is not written down.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, count: Callable[[], int]) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
+        self._recount = count
         # Locks of one open file do not keep threads apart.
         self._counting, self._evicting = threading.Lock(), threading.Lock()
         filesystem.lock(self._descriptor, filesystem.SHARED, _USERS, 1)
@@ -84,7 +89,11 @@ class Ledger:
 
     def _read(self) -> int:
         raw = os.pread(self._descriptor, _NUMBER.size, 0)
-        return int(_NUMBER.unpack(raw)[0]) if len(raw) == _NUMBER.size else 0
+        if len(raw) == _NUMBER.size:
+            total, check = _NUMBER.unpack(raw)
+            if total >= 0 and check == ~total:
+                return int(total)
+        return self._recount()
 
     def _write(self, total: int) -> None:
-        os.pwrite(self._descriptor, _NUMBER.pack(total), 0)
+        os.pwrite(self._descriptor, _NUMBER.pack(total, ~total), 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manifests.config import read_object
 from manifests.errors import ManifestError, ResourceError, ToolkitError, UnsupportedModelError
+from manifests.remote import Watch
 from runner import kernels, trace
 from runner.budget import Budget
 from runner.config import ModelConfig
@@ -118,6 +119,7 @@ class LoadedModel:
             than one is.
         mtp_input: Which hidden states the MTP layer is given.
         cache_size: Bytes of disk that may keep what is fetched of checkpoints on servers; any number when not given.
+        watch: Is told how many of how many headers were read of original shards on a server.
 
     Attributes:
         name: The checkpoint's folder or address.
@@ -151,8 +153,9 @@ class LoadedModel:
         draft_tokens: int = 1,
         mtp_input: Takes = "normed",
         cache_size: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(path, cache_size)
+        checkpoint = open_checkpoint(path, cache_size, watch)
         if missing := checkpoint.missing_scales():
             # Said now, and not after minutes, when a token first needs one of them.
             raise ManifestError(

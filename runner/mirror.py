@@ -1,17 +1,20 @@
 """One file of a checkpoint on a server, as far as its bytes are here: a sparse file with every byte at its own offset.
 
 Behind the bytes, at the next page, stands a table with an entry for each piece: its begin, its end, whether every token
-needs it, and the Unix time when it was last used, 0 while it is not here. A piece is written and durable before its
-entry says so, and its entry is durably 0 before it is freed: what a crash leaves is never taken for the server's bytes.
-Whoever uses pieces holds a shared lock of their entries, whoever writes or frees them an exclusive one. This file knows
-bytes and pieces; it must not know servers.
+needs it, the Unix time when it was last used, 0 while it is not here, and a check of all of these. A piece is written
+and durable before its entry says so, and its entry is durably 0 before it is freed: what a crash leaves is never taken
+for the server's bytes, nor is what a damaged entry speaks of. Whoever uses pieces holds a shared lock of their entries,
+whoever writes or frees them an exclusive one. This file knows bytes and pieces; it must not know servers.
 """
 
+import errno
 import os
+import secrets
+import stat
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,19 +23,21 @@ from runner.layout import PAGE_BYTES
 from runner.pieces import Piece
 from runner.reading import open_for_reading
 
-MAGIC = b"xprtmir1"
+MAGIC = b"xprtmir2"
 TEMP_SUFFIX = ".new"
 
-_ENTRY = struct.Struct("<qqqq")
+_ENTRY = struct.Struct("<qqIIII")
+"""Begin, end, whether it is dense, 0, and in one word, as somebody may read while it is written: used, check."""
+
+_CHECKED = struct.Struct("<qqII")
+_LATEST = (1 << 32) - 1
 _FOOTER = struct.Struct("<8sqq")
 _BLOCK_ENTRIES = 340
 """Extents that a block of a file system's own tables holds: a file of more pieces may take another."""
 
-_temporary = count()
-
 
 class Entry(NamedTuple):
-    """What the table says of a piece; `used` is 0 while it is not here."""
+    """What the table says of a piece; `used` is 0 while it is not here, or its check is wrong."""
 
     begin: int
     end: int
@@ -62,6 +67,7 @@ class Mirror:
     def __init__(self, path: Path, descriptor: int, size: int, entries: int) -> None:
         self.path = path
         self.descriptor = descriptor
+        self._size = size
         self._table = _up(size)
         self._entries = entries
 
@@ -72,9 +78,17 @@ class Mirror:
         Raises:
             FileNotFoundError: Nothing is there.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            end = os.fstat(descriptor).st_size
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None  # a link, which nobody here made
+            raise
+        try:
+            found_there = os.fstat(descriptor)
+            if not stat.S_ISREG(found_there.st_mode):
+                return None
+            end = found_there.st_size
             footer = os.pread(descriptor, _FOOTER.size, max(0, end - _FOOTER.size))
             if len(footer) == _FOOTER.size:
                 magic, size, entries = _FOOTER.unpack(footer)
@@ -91,8 +105,8 @@ class Mirror:
     def create(cls, path: Path, size: int, pieces: Sequence[Piece]) -> bool:
         """Make an empty one, if there is none: others see a whole one or none; whether there was none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{os.getpid()}-{next(_temporary)}{TEMP_SUFFIX}")
-        table = b"".join(_ENTRY.pack(piece.begin, piece.end, piece.is_dense, 0) for piece in pieces)
+        temporary = path.with_name(temporary_name())
+        table = b"".join(_pack(Entry(piece.begin, piece.end, piece.is_dense, 0)) for piece in pieces)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(descriptor, _whole(size, len(pieces)))
@@ -115,7 +129,10 @@ class Mirror:
         """What the table says of some pieces, or of all."""
         wanted = range(self._entries) if numbers is None else numbers
         raw = os.pread(self.descriptor, len(wanted) * _ENTRY.size, self._at(wanted.start))
-        return [Entry(begin, end, bool(is_dense), used) for begin, end, is_dense, used in _ENTRY.iter_unpack(raw)]
+        return [
+            Entry(begin, end, bool(is_dense), used if check == _check(begin, end, is_dense, used) else 0)
+            for begin, end, is_dense, _, used, check in _ENTRY.iter_unpack(raw)
+        ]
 
     def fits(self, pieces: Sequence[Piece]) -> bool:
         """Whether it has these pieces."""
@@ -123,6 +140,22 @@ class Mirror:
         return len(found) == len(pieces) and all(
             entry[:3] == (piece.begin, piece.end, piece.is_dense) for entry, piece in zip(found, pieces, strict=True)
         )
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether no piece has a byte of another's or one outside the file: who frees it frees no other."""
+        end = 0
+        for entry in self.entries():
+            if not end <= entry.begin < entry.end:
+                return False
+            end = entry.end
+        return end <= self._size
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What no other file has that is there at the same time."""
+        found = os.fstat(self.descriptor)
+        return found.st_dev, found.st_ino
 
     def lock(self, numbers: range, kind: int, *, wait: bool = True) -> bool:
         """Lock the entries of some pieces; see `filesystem.lock`."""
@@ -137,10 +170,12 @@ class Mirror:
             now: Unix time.
             absent: Also of those that were not here: their bytes are here now, and durable.
         """
+        # 0 says that it is not here, whatever a clock that was never set may show.
+        now = max(1, min(now, _LATEST))
         found = self.entries(numbers)
         marked = [entry._replace(used=now) if entry.used or absent else entry for entry in found]
         if marked != found:
-            raw = b"".join(_ENTRY.pack(*entry) for entry in marked)
+            raw = b"".join(map(_pack, marked))
             _write(self.descriptor, memoryview(raw), self._at(numbers.start))
 
     def write(self, view: memoryview, offset: int) -> None:
@@ -152,23 +187,36 @@ class Mirror:
         os.fdatasync(self.descriptor)
 
     def clear(self, numbers: range) -> int:
-        """Give back the disk's room of pieces, of which an exclusive lock is held.
+        """Give back the disk's room of pieces, of which this object holds an exclusive lock and no lock of others.
 
         Returns:
-            Bytes that are free now, at least.
+            What they took, as `kept_bytes` counts it.
         """
-        raw = b"".join(_ENTRY.pack(*entry._replace(used=0)) for entry in self.entries(numbers))
+        entries = self.entries(numbers)
+        raw = b"".join(_pack(entry._replace(used=0)) for entry in entries)
         _write(self.descriptor, memoryview(raw), self._at(numbers.start))
         # A power cut must not leave an entry that speaks of a hole.
         os.fdatasync(self.descriptor)
-        return self.punch(numbers)
+        # The pages that they shared with pieces that went before them go now, unless somebody is writing these.
+        first, last = numbers.start, numbers.stop - 1
+        table, begin, end = self.entries(), _down(entries[0].begin), _up(entries[-1].end)
+        while first > 0 and table[first - 1].end > begin and self._is_free(first - 1):
+            first -= 1
+        while last + 1 < len(table) and table[last + 1].begin < end and self._is_free(last + 1):
+            last += 1
+        self.punch(range(first, last + 1))
+        return kept_bytes(entries)
 
-    def punch(self, numbers: range) -> int:
-        """Free the bytes of pieces that are not here, of which an exclusive lock is held; see `clear`."""
-        table, freed, first = self.entries(), 0, numbers.start
+    def punch(self, numbers: range) -> None:
+        """Free the bytes of pieces that are not here, of which an exclusive lock is held, but pages shared with others.
+
+        Raises:
+            OSError: The file system cannot.
+        """
+        table, first = self.entries(), numbers.start
         while first < numbers.stop:
             last = first
-            while last + 1 < numbers.stop and table[last].end == table[last + 1].begin:
+            while last + 1 < numbers.stop and table[last + 1].begin <= _up(table[last].end):
                 last += 1
             begin, end = table[first].begin, table[last].end
             # Pages at the ends go too where no other piece has a part of them.
@@ -177,9 +225,12 @@ class Mirror:
             if last + 1 == len(table) or table[last + 1].begin >= _up(end):
                 end = _up(end)
             filesystem.punch(self.descriptor, begin, end - begin)
-            freed += max(0, _down(end) - _up(begin))
             first = last + 1
-        return freed
+
+    def _is_free(self, number: int) -> bool:
+        """Whether a piece is not here, and stays so as long as its lock is held, which it is then."""
+        one = range(number, number + 1)
+        return self.lock(one, filesystem.EXCLUSIVE, wait=False) and not self.entries(one)[0].used
 
     @property
     def is_removed(self) -> bool:
@@ -212,6 +263,11 @@ class Mirror:
         return self._table + number * _ENTRY.size
 
 
+def temporary_name() -> str:
+    """A name for a file that is being written; numbers of processes are not theirs alone where there are containers."""
+    return f"{secrets.token_hex(8)}{TEMP_SUFFIX}"
+
+
 def own_bytes(entries: int) -> int:
     """What a mirror takes of a disk beside its pieces, at most: table, file system's tables, a part of its folder."""
     table = _up(entries * _ENTRY.size + _FOOTER.size)
@@ -221,6 +277,14 @@ def own_bytes(entries: int) -> int:
 def kept_bytes(entries: Sequence[Entry]) -> int:
     """What those pieces take that are here, at most."""
     return sum(entry.disk_bytes for entry in entries if entry.used)
+
+
+def _pack(entry: Entry) -> bytes:
+    return _ENTRY.pack(*entry[:3], 0, entry.used, _check(*entry))
+
+
+def _check(begin: int, end: int, is_dense: int, used: int) -> int:
+    return zlib.crc32(_CHECKED.pack(begin, end, is_dense, used)) if used else 0
 
 
 def _whole(size: int, entries: int) -> int:

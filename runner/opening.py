@@ -10,18 +10,22 @@ from manifests import gguf_files, urls
 from manifests.errors import ManifestError, SourceNotFoundError, UnsupportedModelError
 from manifests.gguf_names import ARCHITECTURE
 from manifests.inventory import open_model
+from manifests.remote import Watch
 from manifests.schema import PLAIN
 from runner import demo, kernels, quantised
 from runner.config import ModelConfig
 from runner.remote_checkpoint import open_cached
 
 
-def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> manifests.Checkpoint:
+def open_checkpoint(
+    path: str | Path | None, cache_size: int | None = None, watch: Watch | None = None
+) -> manifests.Checkpoint:
     """Open a checkpoint for running; None is the embedded demo model.
 
     Args:
         path: Its path or its address.
         cache_size: See `LoadedModel`.
+        watch: See `LoadedModel`.
 
     Raises:
         SourceNotFoundError: There is none, or it has no config.json, or is a part of one.
@@ -36,7 +40,7 @@ def open_checkpoint(path: str | Path | None, cache_size: int | None = None) -> m
             raise SourceNotFoundError(f"{path}: the embedded model is not installed; name a checkpoint with -m")
     if Path(path).suffix != gguf_files.SUFFIX and Path(path).is_file():
         raise SourceNotFoundError(f"{path}: is one file; give the folder of the whole checkpoint")
-    checkpoint = open_cached(str(path), cache_size) if urls.is_url(path) else open_model(path)
+    checkpoint = open_cached(str(path), cache_size, watch) if urls.is_url(path) else open_model(path)
     if not checkpoint.config:
         _refuse_without_config(path, checkpoint)
     if faults := checkpoint.unreadable():

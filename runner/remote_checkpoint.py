@@ -4,12 +4,10 @@ A resharded checkpoint's state is its manifest. That of original shards is made 
 is asked only whether each is still what it was. This file knows manifests and addresses; it must not know tensors.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import manifests
 from manifests import gguf_files, hub, remote, urls
@@ -22,12 +20,13 @@ from manifests.header import Header
 from manifests.http import Facts, RemoteFile
 from manifests.in_place import describe_in_place
 from manifests.paths import INDEX_NAME, MANIFEST_NAME
-from manifests.questions import each
+from manifests.questions import Watch, each
 from manifests.remote import RemoteFolder
 from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES, decode, encode
+from runner import notes
 from runner.cache_folder import CacheFolder, find_root
-from runner.remote_folder import CachedFolder, keep_header, read_json
+from runner.remote_folder import CachedFolder, keep_header
 
 _FACTS_NAME = "facts.json"
 _TRIES_WITH_CACHE = 2
@@ -42,7 +41,7 @@ class _State:
         key: Its name there.
         manifest: What it holds.
         etag: What the server calls its manifest; None when it does not say, or there is none.
-        base: The address of the folder, which says the commit on the Hub.
+        base: Stands for the address of the folder, which says the commit on the Hub, and may hold a signature.
         facts: Of original shards and their index, by name.
     """
 
@@ -53,12 +52,13 @@ class _State:
     facts: Mapping[str, Facts] = field(default_factory=dict)
 
 
-def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
+def open_cached(text: str, cache_bytes: int | None = None, watch: Watch | None = None) -> Checkpoint:
     """Open a checkpoint on a web server or on the Hugging Face Hub; what is read of it is kept in the cache.
 
     Args:
         text: Its address; of a GGUF model that of a file of it, or of a folder on the Hub.
         cache_bytes: The most that the cache may take of its disk; any number when None.
+        watch: Is told how far the headers of original shards are.
 
     Raises:
         SourceNotFoundError, ManifestError, IntegrityError, RemoteError: See `manifests.remote.open_remote`.
@@ -70,7 +70,7 @@ def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
         except SourceNotFoundError:
             pass  # not downloaded as a whole; what was needed of it may be in the cache
     cache = CacheFolder(find_root(), cache_bytes)
-    name = text.rstrip("/") if urls.is_hub(text) else urls.parse(text).url.rstrip("/")
+    name = text.rstrip("/") if urls.is_hub(text) else urls.same(text)
     place = sha256_hex(name.encode())[:32]
     last = _last(cache, place)
     origin: RemoteFolder | None = None
@@ -81,10 +81,10 @@ def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
         origin, file = remote.find(text)
         if file is not None and not file.endswith(gguf_files.SUFFIX):
             raise SourceNotFoundError(f"{origin.where(file)}: is one file; give the folder of the whole checkpoint")
-        state = _ask(cache, origin, file, last)
+        state = _ask(cache, origin, file, last, watch)
         if state != last:
             note = {"state": state.key, "etag": state.etag, "base": state.base}
-            cache.put(cache.place(place), json.dumps(note).encode("ascii"))
+            cache.put(cache.place(place), notes.encode(note))
     except RemoteError as error:
         if last is None:
             raise
@@ -111,28 +111,45 @@ def open_cached(text: str, cache_bytes: int | None = None) -> Checkpoint:
 
 def _last(cache: CacheFolder, place: str) -> _State | None:
     """The state that an address had last; None when it was never asked, or that is no longer in the cache."""
-    note = read_json(cache.place(place))
-    key, etag, base = (note.get(name) for name in ("state", "etag", "base"))
-    if not isinstance(key, str) or not isinstance(base, str) or not isinstance(etag, str | None):
+    note = notes.read(cache.place(place))
+    if note.keys() != {"state", "etag", "base"}:
         return None
+    key = note["state"]
     path = cache.state(key) / MANIFEST_NAME
     try:
-        manifest = decode(path.read_bytes(), what=str(path))
+        raw = path.read_bytes()
+        manifest, noted = decode(raw, what=str(path)), b""
+        if manifest.layout != "resharded":
+            noted = (cache.state(key) / _FACTS_NAME).read_bytes()
     except (OSError, ManifestError):
         return None
-    facts = _facts(cache.state(key) / _FACTS_NAME)
-    if manifest.layout != "resharded" and facts.keys() - {INDEX_NAME} != {file.path for file in manifest.files}:
+    if _key(raw, noted) != key:
         return None
-    return _State(key=key, manifest=manifest, etag=etag, base=base, facts=facts)
+    facts = {
+        name: Facts(size=size, etag=etag, modified=at) for name, (size, etag, at) in json.loads(noted or "{}").items()
+    }
+    return _State(key=key, manifest=manifest, etag=note["etag"], base=note["base"], facts=facts)
+
+
+def _key(raw: bytes, noted: bytes = b"") -> str:
+    """The name of a state: the digest of its manifest, and of what is noted of original shards."""
+    return sha256_hex(raw + noted)
+
+
+def _base(origin: RemoteFolder) -> str:
+    return sha256_hex(origin.url.encode())
 
 
 def _is_gguf(manifest: Manifest) -> bool:
     return any(file.path.endswith(gguf_files.SUFFIX) for file in manifest.files)
 
 
-def _ask(cache: CacheFolder, origin: RemoteFolder, file: str | None, last: _State | None) -> _State:
+def _ask(
+    cache: CacheFolder, origin: RemoteFolder, file: str | None, last: _State | None, watch: Watch | None
+) -> _State:
     """The state that a folder, or the model of a file in it, has now; `last` when that is still it."""
-    if last is not None and origin.files is not None and last.base == origin.url:
+    base = _base(origin)
+    if last is not None and origin.files is not None and last.base == base:
         return last  # the same commit
     is_resharded = last is not None and last.manifest.layout == "resharded"
     tries = None if last is None else _TRIES_WITH_CACHE
@@ -140,45 +157,46 @@ def _ask(cache: CacheFolder, origin: RemoteFolder, file: str | None, last: _Stat
         etag = last.etag if last is not None and is_resharded else None
         found = origin.document(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES, etag=etag, tries=tries)
         if found is None and last is not None and etag is not None:
-            return replace(last, base=origin.url)
+            return replace(last, base=base)
         if found is not None:
-            key = sha256_hex(found.content)
+            key = _key(found.content)
             if last is not None and key == last.key:
-                return replace(last, etag=found.etag, base=origin.url)
+                return replace(last, etag=found.etag, base=base)
             manifest = decode(found.content, what=origin.where(MANIFEST_NAME))
             cache.put(cache.state(key) / MANIFEST_NAME, found.content)
-            return _State(key=key, manifest=manifest, etag=found.etag, base=origin.url)
+            return _State(key=key, manifest=manifest, etag=found.etag, base=base)
     if last is not None and not is_resharded and _is_same(origin, last):
-        return replace(last, base=origin.url)
-    return _read_headers(cache, origin, file)
+        return replace(last, base=base)
+    return _read_headers(cache, origin, file, watch)
 
 
-def _read_headers(cache: CacheFolder, origin: RemoteFolder, file: str | None) -> _State:
+def _read_headers(cache: CacheFolder, origin: RemoteFolder, file: str | None, watch: Watch | None) -> _State:
     """The state of original shards or of a GGUF model, from their headers."""
     headers: Mapping[str, Header]
-    model = _find_gguf(origin, file)
+    model = _find_gguf(origin, file, watch)
     if model is not None:
         headers, index = model.shards, []
         manifest = gguf_files.open_gguf(origin, model).manifest
     else:
-        headers, index = remote.read_shards(origin), [INDEX_NAME] if origin.size(INDEX_NAME) is not None else []
+        headers = remote.read_shards(origin, watch)
+        index = [INDEX_NAME] if origin.size(INDEX_NAME) is not None else []
         manifest = describe_in_place(headers, model_facts(read_config(origin)))
     facts = {name: origin.file(name).facts for name in [*headers, *index]}
     note = {name: [one.size, one.etag, one.modified] for name, one in facts.items()}
     raw, noted = encode(manifest), json.dumps(note, sort_keys=True).encode("ascii")
-    key = hashlib.sha256(raw + noted).hexdigest()
+    key = _key(raw, noted)
     for name, header in model.shards.items() if model is not None else ():
         keep_header(cache, key, name, header.raw)
     cache.put(cache.state(key) / _FACTS_NAME, noted)
     cache.put(cache.state(key) / MANIFEST_NAME, raw)
-    return _State(key=key, manifest=manifest, etag=None, base=origin.url, facts=facts)
+    return _State(key=key, manifest=manifest, etag=None, base=_base(origin), facts=facts)
 
 
-def _find_gguf(origin: RemoteFolder, file: str | None) -> GgufModel | None:
+def _find_gguf(origin: RemoteFolder, file: str | None, watch: Watch | None) -> GgufModel | None:
     if file is not None:
-        return gguf_files.read_set(origin, file)
+        return gguf_files.read_set(origin, file, watch)
     names = remote.find_gguf(origin)
-    return gguf_files.read_folder(origin, names) if names else None
+    return gguf_files.read_folder(origin, names, watch=watch) if names else None
 
 
 def _is_same(origin: RemoteFolder, last: _State) -> bool:
@@ -187,19 +205,9 @@ def _is_same(origin: RemoteFolder, last: _State) -> bool:
         return False
     # Not the files that the folder keeps: these are asked again if one is another.
     files = [(RemoteFile(origin.web, urls.join(origin.url, name)), facts) for name, facts in last.facts.items()]
-    with closing(each(lambda one: one[0].facts.differs(one[1]), files, at_once=remote.REQUESTS_AT_ONCE)) as answers:
+    asked = each(lambda one: one[0].facts.differs(one[1]), files, at_once=remote.REQUESTS_AT_ONCE)
+    with closing(asked) as differing:
         try:
-            return not any(answers)
+            return not any(differing)
         except SourceNotFoundError:
             return False
-
-
-def _facts(path: Path) -> dict[str, Facts]:
-    """What was noted of original shards; empty when that cannot be read."""
-    try:
-        return {
-            name: Facts(size=size, etag=etag, modified=modified)
-            for name, (size, etag, modified) in read_json(path).items()
-        }
-    except (TypeError, ValueError):
-        return {}

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -53,6 +53,7 @@ class RemoteFiles:
         self._pieces = lru_cache(_KNOWN_FILES)(lambda file: cut(self._files[file]))
         self._remote: dict[str, RemoteFile] = {}
         self._opened: set[str] = set()
+        self._fitting: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._background = Background(CONNECTIONS)
         self._traffic = _Traffic()
@@ -96,21 +97,12 @@ class RemoteFiles:
             wanted.setdefault(file, set()).update(touched(self._pieces(file), begin, end))
         held: list[_Held] = []
         try:
-            for file, numbers in wanted.items():
-                held.append(_Held(file=file, mirror=self._open(file), spans=_spans(sorted(numbers))))
-            missing = [(one, one.missing(wait=False)) for one in held]
-            for one in held:
-                while one.mirror.is_removed:
-                    one.mirror.close()
-                    one.mirror = self._open(one.file)
-                    missing = [(other, other.missing(wait=False)) for other in held]
-            is_new = False
-            while any(numbers is None or numbers for _, numbers in missing):
-                is_new = True
-                for one, _ in missing:
-                    one.free()
-                self._fetch([(one, numbers) for one, numbers in missing if numbers])
-                missing = [(one, one.missing(wait=True)) for one in held]
+            try:
+                for file, numbers in wanted.items():
+                    held.append(_Held(file=file, mirror=self._open(file), spans=_spans(sorted(numbers))))
+                is_new = self._bring(held)
+            except OSError as error:
+                raise error if isinstance(error, ToolkitError) else self._cache.refusal(error) from error
             mirrors = {one.file: one.mirror for one in held}
             # What was just written is still in the page cache; who reads it there puts it out.
             yield lambda file, direct: mirrors[file].reader(direct=direct and not is_new)
@@ -118,30 +110,47 @@ class RemoteFiles:
             for one in held:
                 one.mirror.close()
 
+    def _bring(self, held: Sequence[_Held]) -> bool:
+        """Fetch what is missing; all is here and locked then. Whether something was missing."""
+        is_new = False
+        while True:
+            missing = [(one, one.missing(wait=is_new)) for one in held]
+            # Before they were locked, somebody who makes room may have found some empty.
+            removed = [one for one in held if one.mirror.is_removed]
+            if not removed and not any(numbers is None or numbers for _, numbers in missing):
+                return is_new
+            for one in removed:
+                one.mirror.close()
+                one.mirror = self._open(one.file)
+            if not removed:
+                is_new = True
+                for one in held:
+                    one.free()
+                self._fetch([(one, numbers) for one, numbers in missing if numbers])
+
     def _open(self, file: str) -> Mirror:
         """The mirror of a file, made when there is none of it."""
         path, pieces = self._folder.state / TENSORS / file, self._pieces(file)
         with self._lock:
             self._opened.add(file)
-        try:
-            while True:
+        while True:
+            try:
+                mirror = Mirror.open(path)
+            except FileNotFoundError:
+                size, is_new = own_bytes(len(pieces)), False
+                self._cache.reserve(size)
                 try:
-                    mirror = Mirror.open(path)
-                except FileNotFoundError:
-                    size = own_bytes(len(pieces))
-                    self._cache.reserve(size)
-                    if not Mirror.create(path, self._files[file].size, pieces):
+                    is_new = Mirror.create(path, self._files[file].size, pieces)
+                finally:
+                    if not is_new:
                         self._cache.release(size)
-                    continue
-                if mirror is not None:
-                    if mirror.fits(pieces):
-                        return mirror
-                    mirror.close()
-                path.unlink(missing_ok=True)
-        except ToolkitError:
-            raise
-        except OSError as error:
-            raise self._cache.refusal(error) from error
+                continue
+            if mirror is not None:
+                if self._fitting.get(file) == mirror.identity or mirror.fits(pieces):
+                    self._fitting[file] = mirror.identity
+                    return mirror
+                mirror.close()
+            path.unlink(missing_ok=True)
 
     def _fetch(self, missing: Sequence[tuple[_Held, Sequence[int]]]) -> None:
         """Bring pieces in that are missing; all of them, or those that nobody else does meanwhile."""
@@ -210,10 +219,6 @@ class RemoteFiles:
                 self._remote[file] = self._folder.remote_file(file)
             return self._remote[file]
 
-    def refusal(self, error: OSError) -> ToolkitError:
-        """What a failed write is."""
-        return self._cache.refusal(error)
-
 
 class _CancelledError(Exception):
     """Another part of the same load failed: nobody needs this one."""
@@ -256,7 +261,7 @@ class _Held:
 
 @dataclass(slots=True)
 class _Job:
-    """Brings neighbouring pieces in, or waits for whoever does; they are locked when it is done."""
+    """Brings neighbouring pieces in, or waits for whoever does; they are locked then, unless their file went."""
 
     files: RemoteFiles
     held: _Held
@@ -270,6 +275,8 @@ class _Job:
         while not self.is_cancelled.is_set():
             # Who fetches a piece holds it alone. Nobody who waits holds one that is missing, so somebody goes on.
             mirror.lock(self.numbers, filesystem.SHARED)
+            if mirror.is_removed:
+                return
             absent = _first_absent(self.numbers, [entry.used for entry in mirror.entries(self.numbers)])
             if not absent:
                 return
@@ -283,11 +290,11 @@ class _Job:
         try:
             self.files.receive(self.held, absent, self.is_cancelled)
             mirror.mark(absent, int(time.time()), absent=True)
-        except BaseException as error:
-            mirror.punch(absent)
+        except BaseException:
+            # What failed is said, and not that its file system frees no parts of files.
+            with suppress(OSError):
+                mirror.punch(absent)
             mirror.lock(self.numbers, filesystem.FREE)
-            if isinstance(error, OSError) and not isinstance(error, ToolkitError):
-                raise self.files.refusal(error) from error
             raise
         mirror.lock(absent, filesystem.SHARED)
         entries = mirror.entries(absent)

@@ -5,12 +5,10 @@ the server is asked each time whether they are still the same. This file knows n
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from manifests import urls
 from manifests.digest import sha256_hex
@@ -22,6 +20,7 @@ from manifests.remote import REQUESTS_AT_ONCE, RemoteFolder
 from manifests.safety import check_relative
 from manifests.schema import Manifest
 from manifests.storage import MAX_MANIFEST_BYTES
+from runner import notes
 from runner.cache_folder import HEADERS, SMALL, CacheFolder
 
 _ASKED = "asked"
@@ -31,9 +30,9 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What the server said of a small file when it was asked last: whether it has it, and the name of its state."""
+    """What the server said of a small file when it was asked last: its sha256, None without one, and its ETag."""
 
-    is_there: bool
+    sha256: str | None
     etag: str | None
 
 
@@ -160,21 +159,25 @@ class CachedFolder:
     def _read_in_place(self, name: str, max_bytes: int) -> bytes | None:
         path, note = self.state / SMALL / name, self.state / _ASKED / f"{name}.json"
         asked, kept = _read_note(note), _kept(path)
-        is_known = asked is not None and (kept is not None or not asked.is_there)
+        if asked is not None and (kept is None or sha256_hex(kept) != asked.sha256):
+            kept = None
+            # What was noted of a file that is lost or damaged here helps nobody.
+            asked = asked if asked.sha256 is None else None
         # What belongs to a commit stays what it is; anything else is asked for once in a run.
         is_settled = self._origin is None or self._origin.files is not None or name in self._asked
-        if is_known and (self.offline is not None or is_settled):
-            return kept if asked is not None and asked.is_there else None
-        etag = asked.etag if asked is not None and kept is not None and asked.is_there else None
+        if asked is not None and (self.offline is not None or is_settled):
+            return kept
+        etag = None if asked is None or asked.sha256 is None else asked.etag
         found = self._ask(name, max_bytes, etag)
         self._asked.add(name)
         if found is None and etag is not None:
             return kept
+        answer = _Asked(sha256=None, etag=None)
         if found is not None:
+            answer = _Asked(sha256=sha256_hex(found.content), etag=found.etag)
             self.cache.put(path, found.content)
-        document = {"is_there": found is not None, "etag": None if found is None else found.etag}
-        if asked is None or document != {"is_there": asked.is_there, "etag": asked.etag}:
-            self.cache.put(note, json.dumps(document).encode("ascii"))
+        if asked != answer:
+            self.cache.put(note, notes.encode({"sha256": answer.sha256, "etag": answer.etag}))
         return None if found is None else found.content
 
     def _ask(self, name: str, max_bytes: int, etag: str | None) -> Document | None:
@@ -207,17 +210,5 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _read_note(path: Path) -> _Asked | None:
-    found = read_json(path)
-    etag = found.get("etag")
-    if not isinstance(found.get("is_there"), bool) or not isinstance(etag, str | None):
-        return None
-    return _Asked(is_there=found["is_there"], etag=etag)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What was noted in a file of the cache; empty where there is none, or nothing that can be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = notes.read(path)
+    return _Asked(sha256=found["sha256"], etag=found["etag"]) if found.keys() == {"sha256", "etag"} else None

@@ -27,7 +27,7 @@ from runner.cache_folder import ENVIRONMENT
 from runner.contents import group_of
 from runner.fetch_progress import until_first
 from runner.loaded import LoadedModel
-from tests.file_server import FileServer, serve
+from tests.file_server import Answer, FileServer, serve
 from tests.nginx import needs_nginx, nginx
 
 Call = Callable[..., Result]
@@ -421,3 +421,16 @@ def test_an_unused_server_is_closed_behind_a_block(tmp_path: Path) -> None:
         url = server.url
     with pytest.raises(RemoteError, match="cannot be reached"):
         LoadedModel(url)
+
+
+@pytest.mark.parametrize("name", ["demo-resharded", "bf16"])
+def test_a_page_of_somebody_in_between_is_no_answer(
+    name: str, checkpoints: dict[str, Path], start: Callable[[Path], FileServer]
+) -> None:
+    """As a network sends before it lets one in: what is in the cache is used, and that is said."""
+    server = start(checkpoints[name])
+    expected = logits(server.url)
+    server.instead = lambda asked, right: Answer(200, {"Content-Type": "text/html"}, b"<html>Welcome</html>")
+    loaded = LoadedModel(server.url, ctx=64)
+    assert "the server sends a web page in its place" in str(loaded.offline)
+    assert torch.equal(loaded.logits(IDS), expected)
