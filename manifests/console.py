@@ -186,6 +186,10 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int]
                 bars.append(shown.enter_context(bar))
             for bar in bars:
                 bar.update(done - bar.pos)
+            if done == total:
+                # What comes next may have a bar of its own.
+                shown.close()
+                bars.clear()
 
         yield watch
 

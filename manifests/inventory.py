@@ -45,9 +45,9 @@ def open(path: str | Path, watch: Watch | None = None) -> Checkpoint:
     return _open(path, gguf_files.read_file, watch)
 
 
-def open_set(path: str | Path) -> Checkpoint:
+def open_set(path: str | Path, watch: Watch | None = None) -> Checkpoint:
     """As `open`, but one file of a split GGUF model stands for all of them where all are there."""
-    return _open(path, gguf_files.read_set_or_file)
+    return _open(path, gguf_files.read_set_or_file, watch)
 
 
 def open_model(path: str | Path) -> Checkpoint:

@@ -107,13 +107,13 @@ def run(
     is_confirmed, root = False, source_root(src)
     if discard and discarding.check_discardable(root, dst):
         # Nothing goes for a command that is refused or not meant.
-        source, planned, _ = look(src, None, selection)
+        source, planned, _ = look(src, None, selection, quiet=quiet)
         is_confirmed = _confirm(source, planned, consume=consume, yes=yes)
         discarding.discard(root, dst)
     elif not dry_run:
         # All was there before it became this: then the command goes on as with any complete checkpoint.
         _finish_packing(root, dst, events, quiet=quiet)
-    source, planned, earlier = look(src, dst, selection)
+    source, planned, earlier = look(src, dst, selection, quiet=quiet)
     if dry_run:
         show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
         return

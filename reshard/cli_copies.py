@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from manifests import inventory
-from manifests.console import counted, format_bytes, printable, quiet_option
+from manifests.console import counted, format_bytes, printable, progress, quiet_option
 from manifests.errors import IntegrityError
 from reshard import discard as discarding
 from reshard import repair as repairing
@@ -137,7 +137,10 @@ def repair(dst: Path, source: Path | str, jobs: int, as_json: bool, quiet: bool)
     events.begin(command="repair", source=shown(source), path=str(dst))
     failure: UnrepairedError | None = None
     try:
-        repaired = repairing.repair(dst, source, jobs=jobs, progress=partial(events.show_progress, quiet=quiet))
+        with progress("headers", quiet=quiet) as watch:
+            repaired = repairing.repair(
+                dst, source, jobs=jobs, progress=partial(events.show_progress, quiet=quiet), watch=watch
+            )
     except UnrepairedError as error:
         failure = error
         repaired = list(error.repaired)

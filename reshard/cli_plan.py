@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from manifests.console import counted, format_bytes, format_seconds, json_option, print_json, printable
+from manifests.console import counted, format_bytes, format_seconds, json_option, print_json, printable, progress
 from manifests.schema import Selection
 from reshard.blocks import BLOCK_BYTES
 from reshard.cli_options import folder_argument, selection_options, source_argument
@@ -51,7 +51,9 @@ def plan(
     show_plan(source, planned, dst, consume=consume, as_json=as_json, earlier=earlier)
 
 
-def look(src: Path | str, dst: Path | None, selection: Selection) -> tuple[SourceCheckpoint, Plan, Earlier]:
+def look(
+    src: Path | str, dst: Path | None, selection: Selection, *, quiet: bool = False
+) -> tuple[SourceCheckpoint, Plan, Earlier]:
     """A source, also one that an interrupted run has begun to use up; the plan; and what the destination holds."""
     earlier = Earlier()
     if dst is not None:
@@ -59,7 +61,8 @@ def look(src: Path | str, dst: Path | None, selection: Selection) -> tuple[Sourc
         earlier = find_earlier(source_root(src), dst)
         if dst.is_dir() and earlier.journal is None and earlier.manifest is None:
             check_empty(dst)
-    source = read_source(src, earlier.freed)
+    with progress("headers", quiet=quiet) as watch:
+        source = read_source(src, earlier.freed, watch)
     return source, make_plan(source, earlier.widen(selection)), earlier
 
 

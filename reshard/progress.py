@@ -52,6 +52,7 @@ class Progress:
         self._total = total_bytes
         self._skipped = 0
         self._at: str | None = None
+        self._named = time.monotonic()
         self._events = events
         self._samples = deque([(time.monotonic(), 0)], maxlen=RATE_EVENTS + 1)
         self.bytes = 0
@@ -87,8 +88,11 @@ class Progress:
         """Name what is worked on, such as a layer: shown beside the bar and in the events."""
         with self._lock:
             self._at = printable(what)
-            # Drawn with the next bytes: the bar has its own pace.
-            self._bar.set_postfix_str(self._at, refresh=False)
+            # Drawn with the next bytes, for the bar has its own pace; and now and then where none pass.
+            now = time.monotonic()
+            is_due = now - self._named >= EVENT_SECONDS
+            self._named = now if is_due else self._named
+            self._bar.set_postfix_str(self._at, refresh=is_due)
 
     def event(self, kind: str, /, **values: object) -> None:
         """Tell a program that reads along; nothing happens when there is none."""

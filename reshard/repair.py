@@ -17,6 +17,7 @@ from manifests.folder import LocalFolder
 from manifests.inventory import check_finished
 from manifests.jsontext import parse_json
 from manifests.paths import MANIFEST_NAME
+from manifests.questions import Watch
 from manifests.safety import require_folder
 from manifests.schema import Document, FileEntry
 from manifests.storage import MAX_MANIFEST_BYTES, load, save
@@ -52,7 +53,9 @@ class UnrepairedError(IntegrityError):
         self.failures = tuple(failures)
 
 
-def repair(folder: Path, source_path: Path | str, *, jobs: int, progress: StartProgress) -> list[Repaired]:
+def repair(
+    folder: Path, source_path: Path | str, *, jobs: int, progress: StartProgress, watch: Watch | None = None
+) -> list[Repaired]:
     """Verify a resharded checkpoint, and replace what is damaged.
 
     Args:
@@ -61,6 +64,7 @@ def repair(folder: Path, source_path: Path | str, *, jobs: int, progress: StartP
             of a split GGUF model stands for the set.
         jobs: Files at the same time.
         progress: Called for the verification, and once more for the repair if anything is damaged.
+        watch: Is told how far the headers are that a server is asked for.
 
     Returns:
         What was repaired, in the order of the manifest, which comes first itself.
@@ -75,7 +79,7 @@ def repair(folder: Path, source_path: Path | str, *, jobs: int, progress: StartP
         RemoteError: The server of the source cannot be reached.
     """
     require_folder(folder, "give the resharded checkpoint that is damaged")
-    source = inventory.open_set(source_path)
+    source = inventory.open_set(source_path, watch)
     if isinstance(source.folder, LocalFolder) and os.path.samefile(source.root, folder):
         raise ToolkitError(f"{folder}: cannot be repaired from itself; give its source or another copy")
 

@@ -201,6 +201,7 @@ def verify_published(checkpoint: Checkpoint, place: Place, *, jobs: int, progres
     def compare(entry: Shard | Document) -> list[Damage]:
         name = entry.name if isinstance(entry, Shard) else entry.source_name or entry.path
         size = entry.size if isinstance(entry, Shard) else entry.content_size
+        progress.at(name)
         try:
             found = place.size(name)
             message = f"the source has {found} bytes, the manifest recorded {size}" if found != size else None

@@ -24,6 +24,7 @@ from manifests.console import (
     format_seconds,
     print_json,
     printable,
+    progress,
     quiet_option,
 )
 
@@ -269,3 +270,19 @@ def test_a_note_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("sys.stderr", Full())
     say()
+
+
+def test_a_bar_ends_when_all_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes behind it may draw one of its own."""
+    for quiet in (False, True):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress("headers", quiet=quiet) as watch:
+            watch(1, 2)
+            watch(2, 2)
+            assert terminal.getvalue().endswith("\n") is not quiet
+            terminal.write("next\n")
+            watch(1, 3)
+        lines = terminal.getvalue().splitlines()
+        assert [line for line in lines if "next" in line] == ["next"]
+        assert sum("100%" in line for line in lines) == (0 if quiet else 1)

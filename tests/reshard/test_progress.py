@@ -66,6 +66,16 @@ def test_a_bar_has_bytes_rate_time_left_and_layer(open_terminal: Callable[[], Te
     assert line.rstrip().endswith(", layer 3]")
 
 
+def test_what_is_worked_on_is_drawn_where_no_bytes_pass(open_terminal: Callable[[], Terminal], clock: Clock) -> None:
+    terminal = open_terminal()
+    with Progress(4, label="x", quiet=False) as progress:
+        progress.at("one")
+        assert "one" not in terminal.getvalue()
+        clock.now += 2 * module.EVENT_SECONDS
+        progress.at("two")
+        assert "two" in terminal.getvalue()
+
+
 def test_names_cannot_drive_the_terminal(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     with Progress(4, label="x", quiet=False) as progress:

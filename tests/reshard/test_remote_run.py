@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -649,3 +651,20 @@ def test_a_password_is_shown_nowhere(server: FileServer, tmp_path: Path, program
     for file in (tmp_path / "out").rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes()
     assert manifests.open(tmp_path / "out").manifest == manifests.open(tmp_path / "json").manifest
+
+
+def test_headers_are_shown_on_a_terminal(server: FileServer, tmp_path: Path, program: Program) -> None:
+    out = tmp_path / "out"
+    shown = 0
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for command in (["plan", server.url], ["run", server.url, out], ["repair", out, "--from", server.url]):
+        with pytest.MonkeyPatch.context() as patch:
+            terminal = Terminal()
+            patch.setattr("manifests.console.sys", SimpleNamespace(stderr=terminal, stdout=sys.stdout, exit=sys.exit))
+            assert program("reshard", *command).code == 0
+        shown += "headers" in terminal.getvalue()
+    assert shown == 3
