@@ -76,3 +76,29 @@ def test_origins() -> None:
     assert urls.origin("https://HOST/a") == urls.origin("https://host:443/b") == ("https", "host", 443)
     assert urls.origin("http://host/a") != urls.origin("https://host/a")
     assert urls.origin("http://host:81/a") != urls.origin("http://host/a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host.example/a/b",
+        "HTTP://HOST.example/a/b/",
+        "http://host.example:80/a/b//",
+        "http://user:password@Host.Example/a/b#part",
+    ],
+)
+def test_ways_to_write_one_address_are_one(text: str) -> None:
+    assert urls.same(text) == "http://host.example/a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("https://host.example:443", "https://host.example"),
+        ("https://host.example:80/A", "https://host.example:80/A"),
+        ("http://[::1]:80/a", "http://[::1]/a"),
+        ("http://host.example/a/?key=B/", "http://host.example/a?key=B/"),
+    ],
+)
+def test_what_may_differ_between_addresses_stays(text: str, same: str) -> None:
+    assert urls.same(text) == same
