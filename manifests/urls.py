@@ -66,6 +66,8 @@ def same(text: str) -> str:
     Raises:
         SourceNotFoundError: See `parse`.
     """
+    if is_hub(text):
+        return f"{HUB_SCHEME}://{text.partition('://')[2].rstrip('/')}"
     parts = urlsplit(parse(text).url)
     scheme, host, port = origin(parts.geturl())
     shown_port = "" if port == _PORTS[scheme] else f":{port}"

@@ -70,7 +70,7 @@ def open_cached(text: str, cache_bytes: int | None = None, watch: Watch | None =
         except SourceNotFoundError:
             pass  # not downloaded as a whole; what was needed of it may be in the cache
     cache = CacheFolder(find_root(), cache_bytes)
-    name = text.rstrip("/") if urls.is_hub(text) else urls.same(text)
+    name = urls.same(text)
     place = sha256_hex(name.encode())[:32]
     last = _last(cache, place)
     origin: RemoteFolder | None = None

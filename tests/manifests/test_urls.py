@@ -99,3 +99,29 @@ def test_origins() -> None:
 def test_proxies(text: str, url: str, pair: bytes | None) -> None:
     authorization = None if pair is None else f"Basic {base64.b64encode(pair).decode()}"
     assert urls.proxy_of(text) == urls.Address(url=url, authorization=authorization)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host.example/a/b",
+        "HTTP://HOST.example/a/b/",
+        "http://host.example:80/a/b//",
+        "http://user:password@Host.Example/a/b#part",
+    ],
+)
+def test_ways_to_write_one_address_are_one(text: str) -> None:
+    assert urls.same(text) == "http://host.example/a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("https://host.example:443", "https://host.example"),
+        ("https://host.example:80/A", "https://host.example:80/A"),
+        ("http://[::1]:80/a", "http://[::1]/a"),
+        ("http://host.example/a/?key=B/", "http://host.example/a?key=B/"),
+    ],
+)
+def test_what_may_differ_between_addresses_stays(text: str, same: str) -> None:
+    assert urls.same(text) == same
