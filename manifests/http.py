@@ -482,11 +482,15 @@ class _Patience:
 
 
 def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> bytes:
-    content = bytearray()
-    while data := response.read(1 << 20, decode_content=False):
+    content, told = bytearray(), time.monotonic()
+    while data := response.read1(READ_BYTES, decode_content=False):
         content += data
         if len(content) > max_bytes:
             raise ManifestError(f"{urls.shown(url)}: larger than {max_bytes} bytes, which no such file needs")
+        if (now := time.monotonic()) - told >= TOLD_PAUSE_S:
+            told = now
+            of_all = f" of {response.headers['Content-Length']}" if "Content-Length" in response.headers else ""
+            _logger.warning("%s: %d%s bytes have come", urls.shown(url), len(content), of_all)
     return bytes(content)
 
 

@@ -102,6 +102,11 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def shown_path(path: object) -> str:
+    """What names a checkpoint as it is shown: an address without what is secret in it, a path as it is."""
+    return shown(path) if isinstance(path, str) and is_url(path) else str(path)
+
+
 def proxy_of(text: str) -> Address:
     """The address of a proxy as the environment names it, where many leave out the scheme."""
     scheme, _, rest = (text if is_url(text) else f"http://{text}").partition("://")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from manifests import urls
 from manifests.console import Group, counted, format_bytes, format_seconds, printable, quiet_option
 from manifests.safety import require_folder
 from manifests.schema import Selection
@@ -22,7 +23,6 @@ from reshard.cli_options import (
     events_option,
     folder_argument,
     selection_options,
-    shown,
     source_argument,
     stream_jobs,
     streams_option,
@@ -127,7 +127,7 @@ def run(
         progress.event(
             "begin",
             command="run",
-            source=shown(src),
+            source=urls.shown_path(src),
             path=str(dst),
             shards=len(source.shards),
             files=len(planned.files),

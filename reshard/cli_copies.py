@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from manifests import inventory
+from manifests import inventory, urls
 from manifests.console import counted, format_bytes, printable, progress, quiet_option
 from manifests.errors import IntegrityError
 from reshard import discard as discarding
@@ -25,7 +25,6 @@ from reshard.cli_options import (
     events_option,
     folder_argument,
     jobs_option,
-    shown,
     stream_jobs,
     streams_option,
 )
@@ -87,7 +86,7 @@ def verify(dst: Path, against: Path | str | None, jobs: int, as_json: bool, quie
             if unproven:
                 what = "its shard" if len(unproven) == 1 else f"{len(unproven)} of its shards"
                 why = f"{what} by size and header: no sha256 is published, and no shard is fetched for this"
-                click.echo(f"note: {printable(shown(against or ''))} was compared in {why}", err=True)
+                click.echo(f"note: {printable(urls.shown_path(against or ''))} was compared in {why}", err=True)
     if findings:
         raise click.exceptions.Exit(EXIT_DAMAGED)
 
@@ -134,7 +133,7 @@ def repair(dst: Path, source: Path | str, jobs: int, as_json: bool, quiet: bool)
     Nothing is taken whose digest is not the one in DST's manifest. Exit 13 when something is damaged still.
     """
     events = EventStream(enabled=as_json)
-    events.begin(command="repair", source=shown(source), path=str(dst))
+    events.begin(command="repair", source=urls.shown_path(source), path=str(dst))
     failure: UnrepairedError | None = None
     try:
         with progress("headers", quiet=quiet) as watch:
@@ -149,7 +148,7 @@ def repair(dst: Path, source: Path | str, jobs: int, as_json: bool, quiet: bool)
         events.end({"path": str(dst), "repaired": [dataclasses.asdict(r) for r in repaired], "failures": failures})
     else:
         for each in repaired:
-            what = f"{format_bytes(each.taken_bytes)} taken from {shown(source)}"
+            what = f"{format_bytes(each.taken_bytes)} taken from {urls.shown_path(source)}"
             click.echo(printable(f"{each.path}: repaired, {what}"))
         if not repaired and failure is None:
             click.echo(f"{printable(str(dst))}: nothing is damaged")

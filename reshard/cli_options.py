@@ -62,11 +62,6 @@ def source_argument(name: str) -> Callable[[F], F]:
     return click.argument(name, type=SourcePath(path_type=Path))
 
 
-def shown(source: Path | str) -> str:
-    """A source as it is shown: an address may hold a password."""
-    return urls.shown(source) if isinstance(source, str) else str(source)
-
-
 def selection_options(function: F) -> F:
     """``--layers`` and ``--experts``, the same wherever a part can be chosen."""
     function = click.option("--experts", type=NumberList(), help="Only these routed experts, such as 0,5-9.")(function)

@@ -12,12 +12,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from manifests import urls
 from manifests.console import counted, format_bytes, format_rate, format_seconds
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner import floors, kernels, machine
@@ -133,6 +135,7 @@ def run(
     ids: Sequence[int] | None,
     open_model: Callable[[], LoadedModel],
     say: Callable[[str], None],
+    showing: Callable[[LoadedModel], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Result:
     """Measure.
 
@@ -143,6 +146,7 @@ def run(
         ids: All of them, so many at least; chosen at random, but always the same, when None.
         open_model: Opens it.
         say: Told what is measured now.
+        showing: Shows what is fetched of the model while tokens are read.
 
     Raises:
         ToolkitError: An id is outside the vocabulary; or what the model raises.
@@ -164,10 +168,11 @@ def run(
 
     def phase(parts: Sequence[Sequence[int]]) -> tuple[list[float], Usage]:
         before, seconds = store.usage, []
-        for some in parts:
-            begin = time.perf_counter()
-            step(some)
-            seconds.append(time.perf_counter() - begin)
+        with showing(loaded):
+            for some in parts:
+                begin = time.perf_counter()
+                step(some)
+                seconds.append(time.perf_counter() - begin)
         return seconds, store.usage.since(before)
 
     size = loaded.budget.pass_tokens
@@ -214,7 +219,7 @@ def run(
         disk_read_gbps=disk_gbps,
         peak_bytes=machine.peak_bytes(),
         settings={
-            "model": path,
+            "model": None if path is None else urls.shown_path(path),
             "io": loaded.io,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ import click
 from manifests.console import json_option, printable, quiet_option
 from runner.cli_open import open_model
 from runner.cli_options import FileName, as_dtype, memory_options, model_option, note, set_threads, threads_option
+from runner.fetch_progress import showing_fetched
 
 
 @click.command()
@@ -86,6 +87,7 @@ def bench(
             speculate="off",
             quiet=quiet,
         ),
+        showing=lambda loaded: showing_fetched(loaded, quiet=quiet),
         say=lambda what: note(f"{time.perf_counter() - begin:6.1f} s  {what}", quiet=quiet),
     )
     if not as_json:

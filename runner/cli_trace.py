@@ -25,6 +25,7 @@ from runner.cli_options import (
     read_text,
     set_threads,
 )
+from runner.fetch_progress import showing_fetched
 from runner.output import check_output
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def trace(
         eos_ids=loaded.text.eos_ids,
     )
     loaded.model.observer = recorder.observe
-    generated = sum(1 for _ in tokens)
+    with showing_fetched(loaded, quiet=quiet):
+        generated = sum(1 for _ in tokens)
     found = recorder.trace()
     save(found, path)
     used = {layer: len(counts) for layer, counts in found.usage.items()}

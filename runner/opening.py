@@ -72,8 +72,9 @@ def _refuse_without_config(path: str | Path, checkpoint: manifests.Checkpoint) -
             f"{checkpoint.folder}: no config.json, which says what the model is; copy the model's own there"
         )
     architecture = checkpoint.manifest.model.model_type
-    shown = urls.shown(str(path)) if urls.is_url(path) else path
-    raise UnsupportedModelError(f"{shown}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}")
+    raise UnsupportedModelError(
+        f"{urls.shown_path(path)}: is of architecture {architecture!r:.60}; the runner knows {ARCHITECTURE}"
+    )
 
 
 def _check_encodings(checkpoint: manifests.Checkpoint) -> None:
