@@ -216,7 +216,8 @@ class CacheFolder:
         """Free about so many bytes of what was unused for longest; how many were."""
         freed, is_listed = 0, False
         while freed < wanted:
-            if not self._victims:
+            # Of a list that was made before, dense weights do not go: there may be experts since.
+            if not self._victims or (self._victims[-1].is_dense and not is_listed):
                 if is_listed:
                     break
                 self._victims, is_listed = self._list_victims(), True

@@ -1,9 +1,10 @@
 """What a checkpoint takes of memory and of a pass: the sizes that budgets and floors are counted with."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from manifests.console import format_bytes
-from manifests.errors import ResourceError
+from manifests.errors import ResourceError, ToolkitError
 from runner import kernels, machine
 from runner.breakeven import Costs
 from runner.budget import Budget, Sizes, plan_budget
@@ -13,7 +14,7 @@ from runner.expected import head_of
 from runner.layout import HUGE_PAGE_BYTES, PAGE_BYTES
 from runner.mtp_parts import MtpParts
 from runner.policy import Key
-from runner.text import tokenizer_bytes
+from runner.text import MAX_TOKENIZER_BYTES, TEXT_FILES, tokenizer_bytes
 
 
 def routed_experts(config: ModelConfig, *, has_mtp: bool = False) -> list[Key]:
@@ -70,6 +71,10 @@ def check_cache(contents: Contents, config: ModelConfig, mtp: MtpParts | None = 
     groups = [*pass_order(config.num_hidden_layers, head_of(config)), "model.embed_tokens"]
     if mtp is not None:
         groups += mtp_order(mtp.layer, mtp.copies[1].used)
+    for name in TEXT_FILES:
+        # They are read later, and then they are in the cache beside the weights.
+        with suppress(ToolkitError):
+            contents.auxiliary.folder.read(name, max_bytes=MAX_TOKENIZER_BYTES)
     dense = contents.kept_bytes(groups)
     experts = max((contents.kept_bytes([f"model.layers.{layer}.mlp.experts.0"]) for layer in layers), default=0)
     least = dense + experts * len(layers) * config.num_experts_per_tok + contents.cache.small_bytes

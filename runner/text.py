@@ -24,9 +24,12 @@ from manifests.auxiliary import Auxiliary
 from manifests.config import read_object
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from manifests.folder import LocalFolder
-from runner.chat import ChatTemplate, Message
+from runner.chat import TEMPLATE_FILE, ChatTemplate, Message
 
 TOKENIZER_FILE = "tokenizer.json"
+TEXT_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", TEMPLATE_FILE)
+"""What a checkpoint is read for when there is text."""
+
 MAX_TOKENIZER_BYTES = 1 << 28
 
 _MEMORY_PER_QUOTE = 150

@@ -320,6 +320,21 @@ def test_too_small_a_cache_is_refused_and_names_what_is_enough(
     assert call(*arguments, "--cache-size", least.replace(" ", "")).stdout == expected.stdout
 
 
+@pytest.mark.parametrize("name", ["demo", "demo-resharded"])
+def test_the_least_cache_is_enough_each_time(
+    name: str, checkpoints: dict[str, Path], call: Call, start: Callable[[Path], FileServer]
+) -> None:
+    """Said when nothing was there yet; and a token needs no dense weights anew because of the experts before it."""
+    server = start(checkpoints[name])
+    arguments = ("generate", "-m", server.url, "-p", "def ", "-n", "3", "--temp", "0")
+    least = call(*arguments, "--cache-size", "1M").stderr.split("needs ")[1].split(" of cache")[0].replace(" ", "")
+    first = call(*arguments, "--cache-size", least)
+    for _ in range(2):
+        server.forget()
+        again = call(*arguments, "--cache-size", least)
+        assert (again.exit_code, again.stdout) == (0, first.stdout)
+
+
 def test_one_file_is_no_model(checkpoints: dict[str, Path], start: Callable[[Path], FileServer]) -> None:
     with pytest.raises(SourceNotFoundError, match="one file"):
         LoadedModel(start(checkpoints["fp8"]).url + "/model.safetensors")

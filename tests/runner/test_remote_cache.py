@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -21,7 +22,7 @@ from manifests.paths import Kind
 from manifests.schema import FileEntry, TensorEntry
 from runner import cache_folder, filesystem
 from runner.cache_folder import TENSORS, CacheFolder, find_root
-from runner.mirror import Mirror, own_bytes
+from runner.mirror import Mirror, kept_bytes, own_bytes
 from runner.pieces import REQUEST_BYTES, Piece, cut, disk_bytes, requests, touched
 
 
@@ -152,13 +153,52 @@ def test_freed_pieces_leave_their_neighbours_alone(folder: Path) -> None:
         for last in range(first, 6):
             path = folder / f"{first}-{last}"
             with closing(make(path, range(6))) as mirror:
-                before = mirror.allocated_bytes()
+                before = kept_bytes(mirror.entries())
                 freed = mirror.clear(range(first, last + 1))
-                assert before - mirror.allocated_bytes() == freed
+                assert before - kept_bytes(mirror.entries()) == freed
+                assert mirror.allocated_bytes() <= kept_bytes(mirror.entries()) + own_bytes(6)
                 for number in range(6):
                     is_gone = first <= number <= last
                     assert content(mirror, number) == {0 if is_gone else number + 1}
                     assert bool(mirror.entries()[number].used) != is_gone
+
+
+def test_pieces_freed_one_by_one_leave_nothing(folder: Path) -> None:
+    """In any order: the last of those that share a page frees it."""
+    for order in itertools.permutations(range(6)):
+        path = folder / "file"
+        make(path, range(6)).close()
+        for number in order:
+            with closing(opened(path)) as mirror:
+                mirror.lock(range(number, number + 1), filesystem.EXCLUSIVE)
+                mirror.clear(range(number, number + 1))
+        with closing(opened(path)) as mirror:
+            assert mirror.allocated_bytes() == 4096
+        path.unlink()
+
+
+def test_a_page_that_somebody_is_writing_to_stays(folder: Path) -> None:
+    """A piece that is not here yet, but comes: who frees its neighbour must not free what was written of it."""
+    with closing(make(folder / "file", range(1, 2))) as one, closing(opened(folder / "file")) as other:
+        other.lock(range(2, 3), filesystem.EXCLUSIVE)
+        other.write(memoryview(b"\3" * 3), PIECES[2].begin)
+        one.lock(range(1, 2), filesystem.EXCLUSIVE)
+        one.clear(range(1, 2))
+        other.mark(range(2, 3), 7, absent=True)
+        assert content(other, 2) == {3}
+
+
+def opened(path: Path) -> Mirror:
+    mirror = Mirror.open(path)
+    assert mirror is not None
+    return mirror
+
+
+def test_a_clock_that_was_never_set_makes_no_piece_absent(folder: Path) -> None:
+    with closing(make(folder / "file")) as mirror:
+        for now in (0, -5, 1 << 40):
+            mirror.mark(range(6), now, absent=True)
+            assert all(one.used for one in mirror.entries())
 
 
 def test_a_piece_is_not_there_before_its_bytes_are_and_not_while_they_go(
@@ -236,6 +276,17 @@ def test_what_was_unused_for_longest_goes_first_and_experts_before_dense(folder:
     assert 0 in used_of(old)
 
 
+def test_dense_weights_do_not_go_while_there_are_experts(folder: Path) -> None:
+    """Also when these came since it was last looked what there is."""
+    cache = CacheFolder(folder, 3 * WHOLE)
+    first = fill(cache, "first", 1)
+    for number in range(2, 30):
+        fill(cache, f"expert {number}", number, range(1, 6, 2))
+        assert used_of(first)[::2] == [1, 1, 1], number
+        assert cache_bytes(cache) <= 3 * WHOLE
+    assert 0 in used_of(first)
+
+
 def test_a_dense_part_counts_as_used_with_its_state(folder: Path) -> None:
     cache = CacheFolder(folder, 2 * WHOLE)
     mine = fill(cache, "dense", 3, range(1), "mine")
@@ -276,6 +327,44 @@ def test_what_somebody_else_freed_is_not_counted_twice(folder: Path) -> None:
     assert cache_bytes(cache) == before - freed
     other.release(WHOLE)
     assert allocated(folder / "states") <= cache_bytes(cache)
+
+
+def test_the_number_stays_right_however_much_goes_and_comes(folder: Path) -> None:
+    """Neighbours share pages: what is counted when they come is what is given back when they go."""
+    cache = CacheFolder(folder, 2 * WHOLE)
+    for number in range(50):
+        fill(cache, f"{number}", number + 1)
+        assert cache_bytes(cache) == cache._count(keep=None)
+        assert allocated(folder / "states") <= cache_bytes(cache)
+
+
+def test_a_refused_write_stays_not_counted(folder: Path) -> None:
+    cache = CacheFolder(folder)
+    (cache.place("folder") / "in the way").mkdir(parents=True)
+    before = cache_bytes(cache)
+    with pytest.raises(ToolkitError, match="cannot be written to"):
+        cache.put(cache.place("folder"), b"x")
+    assert cache_bytes(cache) <= before
+
+
+def test_nothing_is_freed_for_what_has_no_room_at_all(folder: Path) -> None:
+    cache = CacheFolder(folder, 2 * WHOLE)
+    path = fill(cache, "file", 1)
+    with pytest.raises(ResourceError):
+        cache.reserve(2 * WHOLE + 1)
+    assert used_of(path) == [1] * 6
+
+
+def test_where_files_have_no_holes_a_bound_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CacheFolder(folder, WHOLE)
+    fill(cache, "file", 1)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(filesystem, "punch", refuse)
+    with pytest.raises(ToolkitError, match="frees no parts of files"):
+        cache.reserve(WHOLE)
 
 
 def test_a_process_tidies_up_once(folder: Path) -> None:
