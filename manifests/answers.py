@@ -4,6 +4,7 @@ Knows statuses, headers and failures of connections; it must not know what was a
 """
 
 import email.utils
+import os
 import re
 import ssl
 import time
@@ -72,8 +73,8 @@ def refuse(response: "urllib3.BaseHTTPResponse", url: str) -> None:
     if status in FORBIDDEN:
         signed = "the signature in the address may have expired; or " if urlsplit(url).query else ""
         raise ForbiddenError(
-            f"{where}: the server does not let you read it (status {status}); {signed}give user and password in the "
-            "address, or for the Hub a token in HF_TOKEN"
+            f"{where}: the server does not let you read it (status {status}); {signed}give a user and password "
+            "that it knows in the address, or for the Hub a token in HF_TOKEN"
         )
     if status == 407:
         raise RemoteError(f"{where}: the proxy of the environment wants a user and password, in its own address")
@@ -106,7 +107,10 @@ def explain(error: Exception, url: str) -> PassingError:
             return PassingError("the connection broke")  # a bit of what was sent changed on the way
         advice = ""
         if isinstance(cause, ssl.SSLCertVerificationError):
+            named = os.environ.get("SSL_CERT_FILE")
             advice = "; for a certificate of your own name its authority in SSL_CERT_FILE"
+            if named and not os.path.isfile(named):
+                advice = f"; SSL_CERT_FILE names {named}, and there is no such file"
         elif "WRONG_VERSION_NUMBER" in str(getattr(cause, "reason", "")):
             advice = "; it does not speak https, try http"
         raise RemoteError(f"{urls.shown(url)}: no secure connection: {error}{advice}") from error

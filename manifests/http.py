@@ -43,7 +43,7 @@ READ_BYTES = 512 << 10
 CONNECTIONS = 64
 _REDIRECTS = 5
 _IF_AGAIN = ", and if that ends alike, the servers behind this address do not agree on it"
-_NO_RANGES = "the server does not serve ranges of files (it ignores Range)"
+_NO_RANGES = "the server does not serve ranges of files (it ignores Range); use one that does, such as nginx"
 _logger = logging.getLogger(__name__)
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})")
 

@@ -379,12 +379,34 @@ def test_tls_is_verified(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(RemoteError, match=r"no secure connection.*SSL_CERT_FILE"):
             file(server).read(0, 10)
         assert not server.asked
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "none.pem"))
+        with pytest.raises(RemoteError, match=r"SSL_CERT_FILE names .*none\.pem, and there is no such file"):
+            file(server).read(0, 10)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
         assert file(server).read(0, 10) == CONTENT[:10]
         # Off TLS is no way to be led.
         server.instead = lambda asked, right: Answer(302, {"Location": "http://127.0.0.1:1/a"})
         with pytest.raises(RemoteError, match="from https to http"):
             file(server).read(0, 10)
+
+
+def test_https_to_a_server_that_speaks_http(server: FileServer) -> None:
+    with pytest.raises(RemoteError, match="does not speak https, try http"):
+        Web().file(server.url.replace("http:", "https:") + "/a").read(0, 10)
+
+
+def test_a_slow_document_is_told(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http, "TOLD_PAUSE_S", 0.1)
+    server.files["/a"], server.pause_s = bytes(400_000), 0.05
+    with caplog.at_level("WARNING", logger="manifests"):
+        found = Web().read(f"{server.url}/a", max_bytes=1_000_000)
+    assert found is not None
+    assert found.content == server.files["/a"]
+    told = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(told) <= 4
+    assert re.fullmatch(rf"{server.url}/a: \d+ of {len(found.content)} bytes have come", told[0])
 
 
 def test_a_proxy_of_the_environment_is_used(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
