@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.digest import CHUNK_BYTES, TensorHasher
-from manifests.errors import ResourceError, ToolkitError
+from manifests.errors import ManifestError, ResourceError, ToolkitError
 from manifests.paths import Kind
 from manifests.schema import FileEntry, TensorEntry
 from runner import cache_folder, filesystem
@@ -80,6 +81,11 @@ def test_pieces_cover_every_tensor_and_no_request_is_too_large(
         some = pieces[group.start : group.stop]
         assert all(one.end == other.begin for one, other in itertools.pairwise(some))
         assert len(some) == 1 or some[-1].end - some[0].begin <= REQUEST_BYTES
+
+
+def test_a_file_that_no_disk_can_hold_is_refused_before_it_is_cut() -> None:
+    with pytest.raises(ManifestError, match="no file of a checkpoint"):
+        cut(replace(entry([1]), size=1 << 60))
 
 
 def test_digests_are_those_of_the_format() -> None:
