@@ -26,6 +26,7 @@ from runner import demo, machine
 from runner.config import ModelConfig
 from runner.expected import head_of, main_tensors
 from runner.forecast import Forecast, Rates, forecast
+from runner.remote_folder import CachedFolder
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "tqdm")
 """What `generate` and `chat` cannot do without, besides what runs this command."""
@@ -235,9 +236,7 @@ def _examine_model(
     if isinstance(checkpoint.folder, LocalFolder):
         found.attempt("files", lambda: _check_files(checkpoint))
     else:
-        found.notes.append(
-            "its files are on a server: each is checked when it is fetched, and speed depends on the way"
-        )
+        found.notes += _remote_notes(checkpoint)
     if config is not None:
         facts = dataclasses.replace(facts, vocab_size=config.vocab_size)
         found.attempt("tensors", lambda: _check_tensors(checkpoint, config))
@@ -265,6 +264,12 @@ def _examine_model(
     if config is None or any(problem.topic in ("config", "files", "tensors") for problem in found.problems):
         return facts, None
     return facts, found.attempt("memory", lambda: _foretell(checkpoint, config))
+
+
+def _remote_notes(checkpoint: manifests.Checkpoint) -> Iterator[str]:
+    yield "its files are on a server: each is checked when it is fetched, and speed depends on the way"
+    if isinstance(checkpoint.folder, CachedFolder) and checkpoint.folder.offline is not None:
+        yield f"{checkpoint.folder.offline}; this is what the cache has of it"
 
 
 def _foretell(checkpoint: manifests.Checkpoint, config: ModelConfig) -> Forecast:

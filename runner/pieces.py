@@ -9,9 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from manifests.digest import CHUNK_BYTES
+from manifests.errors import ManifestError
 from manifests.names import parse_name
 from manifests.schema import FileEntry
 from runner.layout import PAGE_BYTES
+
+MAX_FILE_BYTES = 1 << 44
+"""What ext4 can hold in one file; a server may say anything."""
 
 REQUEST_BYTES = CHUNK_BYTES
 """Most bytes that are asked for by one request: a large tensor then comes over several connections at once."""
@@ -36,7 +40,13 @@ class Piece:
 
 
 def cut(file: FileEntry) -> tuple[Piece, ...]:
-    """The pieces of a file in the order of their bytes."""
+    """The pieces of a file in the order of their bytes.
+
+    Raises:
+        ManifestError: It is said to be larger than file systems have any: its pieces alone would fill the memory.
+    """
+    if file.size > MAX_FILE_BYTES:
+        raise ManifestError(f"{file.path}: has {file.size} bytes, it is said; no file of a checkpoint is that large")
     return tuple(_cut(file))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from manifests import http
 from manifests.errors import RemoteError, ToolkitError
-from runner import notes
+from runner import notes, remote_files
 from runner.cache_folder import ENVIRONMENT, TENSORS, CacheFolder
 from runner.ledger import Ledger
 from runner.mirror import Mirror
@@ -200,6 +200,26 @@ def test_pieces_that_are_cut_otherwise_are_fetched_again(roots: list[Path], fold
     with closing(opened(path)) as mirror:
         mirror.mark(range(len(pieces) - 1), 7, absent=True)
     take(server.url, roots[0])
+    server.stop()
+
+
+def test_a_file_that_goes_before_it_is_locked_again_is_made_anew(
+    roots: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who makes room removes files with nothing in them: what is fetched then must not go to one of those."""
+    server, free, removed = started(roots[1]), remote_files._Held.free, []
+
+    def free_and_lose(self: remote_files._Held) -> None:
+        free(self)
+        if self.file not in removed and self.mirror.remove():
+            removed.append(self.file)
+
+    monkeypatch.setattr(remote_files._Held, "free", free_and_lose)
+    take(server.url, roots[1])
+    assert removed
+    assert sorted(path.name for path in mirrors(folder)) == sorted(Path(file).name for file in removed)
+    for spans in server.spans.values():
+        assert len(spans) == len(set(spans)), "fetched twice"
     server.stop()
 
 

@@ -7,9 +7,13 @@ import hashlib
 import itertools
 import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.digest import CHUNK_BYTES, TensorHasher
-from manifests.errors import ResourceError, ToolkitError
+from manifests.errors import ManifestError, ResourceError, ToolkitError
 from manifests.paths import Kind
 from manifests.schema import FileEntry, TensorEntry
 from runner import cache_folder, filesystem
 from runner.cache_folder import TENSORS, CacheFolder, find_root
-from runner.mirror import Mirror, kept_bytes, own_bytes
+from runner.mirror import TEMP_SUFFIX, Mirror, kept_bytes, own_bytes
 from runner.pieces import REQUEST_BYTES, Piece, cut, disk_bytes, requests, touched
 
 
@@ -80,6 +84,11 @@ def test_pieces_cover_every_tensor_and_no_request_is_too_large(
         some = pieces[group.start : group.stop]
         assert all(one.end == other.begin for one, other in itertools.pairwise(some))
         assert len(some) == 1 or some[-1].end - some[0].begin <= REQUEST_BYTES
+
+
+def test_a_file_that_no_disk_can_hold_is_refused_before_it_is_cut() -> None:
+    with pytest.raises(ManifestError, match="no file of a checkpoint"):
+        cut(replace(entry([1]), size=1 << 60))
 
 
 def test_digests_are_those_of_the_format() -> None:
@@ -387,6 +396,32 @@ def test_somebody_waits_until_what_is_in_use_is_free(folder: Path) -> None:
     timer.start()
     cache.reserve(100)
     timer.join()
+
+
+def test_who_waits_for_room_is_patient_while_others_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow way what others fetch may take longer than anybody should wait for nothing."""
+    monkeypatch.setattr(cache_folder, "_LONGEST_S", 0.4)
+    cache, other = CacheFolder(folder, 10 * WHOLE), CacheFolder(folder, 10 * WHOLE)
+    other.reserve(10 * WHOLE)
+
+    def go_on() -> None:
+        for _ in range(10):
+            time.sleep(0.1)
+            other.release(WHOLE // 20)
+        other.release(WHOLE)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    cache.reserve(WHOLE)
+    thread.join()
+
+
+def test_names_of_half_written_files_are_nobody_elses() -> None:
+    """In containers all processes may have one number."""
+    command = "from runner.mirror import temporary_name; import os; os.getpid = lambda: 1; print(temporary_name())"
+    names = [subprocess.check_output([sys.executable, "-c", command], text=True) for _ in range(2)]
+    assert names[0] != names[1]
+    assert all(name.strip().endswith(TEMP_SUFFIX) for name in names)
 
 
 def test_more_than_the_bound_is_refused_at_once(folder: Path) -> None:

@@ -68,9 +68,7 @@ class Silence:
     [
         ("resharded", "manifest.json", True, signal.SIGTERM),
         ("shards", "model-", False, signal.SIGINT),
-        ("shards", "model-", True, signal.SIGINT),
         ("shards", "model-", True, signal.SIGTERM),
-        ("resharded", "tokenizer.json", False, signal.SIGTERM),
         ("resharded", "layers/2/dense", False, signal.SIGINT),
         ("resharded", "layers/2/experts", False, signal.SIGTERM),
     ],
@@ -163,6 +161,14 @@ def test_a_bound_that_bounds_nothing_is_said(
         assert result.exit_code == 0, result.output
         assert (IDLE in result.stderr) == is_said
         assert IDLE not in result.stdout
+
+
+def test_doctor_says_that_the_cache_stands_in(resharded: Path, call: Call) -> None:
+    with serve(resharded) as server:
+        assert "cannot be reached" not in call("doctor", "-m", server.url).stdout
+    result = call("doctor", "-m", server.url)
+    assert result.exit_code == 0
+    assert "cannot be reached" in result.stdout
 
 
 def test_a_bound_of_a_model_on_a_server_is_not_idle(resharded: Path, call: Call) -> None:
