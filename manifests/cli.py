@@ -57,9 +57,9 @@ def show(path: str, as_json: bool) -> None:
     if as_json:
         document = dataclasses.asdict(summary)
         document["parameters"]["routed_share"] = _routed_share(summary.parameters)
-        print_json(document | {"path": _shown(path), "missing_scales": missing_scales})
+        print_json(document | {"path": urls.shown_place(path), "missing_scales": missing_scales})
         return
-    for line in _show_lines(_shown(path), summary):
+    for line in _show_lines(urls.shown_place(path), summary):
         click.echo(line)
     _warn("name", "that no rule knows (kept in dense files)", summary.unknown)
     _warn("FP8 weight", "without scales", missing_scales)
@@ -110,7 +110,7 @@ def list_tensors(path: str, layer: int | None, expert: int | None, pattern: str 
         )
         return
     if not rows:
-        click.echo(f"note: no tensor of {printable(_shown(path))} matches", err=True)
+        click.echo(f"note: no tensor of {printable(urls.shown_place(path))} matches", err=True)
     if any(row.codec != "none" for row in rows):
         click.echo("note: byte ranges in files that end in .zst are those of the unpacked file", err=True)
     cells = [
@@ -151,15 +151,19 @@ def check(path: str, as_json: bool) -> None:
         error = found
         problems = list(found.problems) or [Problem(loc="", kind="invalid_value", message=str(found))]
     if as_json:
-        print_json({"path": _shown(path), "ok": not problems, "problems": [dataclasses.asdict(p) for p in problems]})
+        print_json(
+            {"path": urls.shown_place(path), "ok": not problems, "problems": [dataclasses.asdict(p) for p in problems]}
+        )
     else:
         for problem in problems:
-            click.echo(printable(f"{problem.loc or _shown(path)}: {problem.message}"))
+            click.echo(printable(f"{problem.loc or urls.shown_place(path)}: {problem.message}"))
         if not problems:
             files = len(checkpoint.manifest.files) + len(checkpoint.manifest.documents)
             packed = sum(1 for file in checkpoint.manifest.files if file.codec != "none")
             unseen = f"; {packed} of them are packed, only their sizes were looked at" if packed else ""
-            click.echo(printable(f"{_shown(path)}: {counted(files, 'file')}, sizes and headers are right{unseen}"))
+            click.echo(
+                printable(f"{urls.shown_place(path)}: {counted(files, 'file')}, sizes and headers are right{unseen}")
+            )
     if problems:
         raise click.exceptions.Exit(error.exit_code if error else EXIT_DAMAGED)
 
@@ -213,11 +217,6 @@ def schema() -> None:
 
 
 _KINDS = {"differ": "not equal", "only_in_a": "only in the first", "only_in_b": "only in the second"}
-
-
-def _shown(path: str) -> str:
-    """A path as it was given; an address without what is secret in it."""
-    return urls.shown(path) if urls.is_url(path) else path
 
 
 def _open(path: str) -> Checkpoint:

@@ -87,6 +87,11 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def shown_place(text: str) -> str:
+    """A path as it was given; an address without what is secret in it."""
+    return shown(text) if is_url(text) else text
+
+
 def proxy_of(text: str) -> Address:
     """The address of a proxy as the environment names it, where many leave out the scheme."""
     scheme, _, rest = (text if is_url(text) else f"http://{text}").partition("://")

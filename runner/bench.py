@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from manifests import urls
 from manifests.console import counted, format_bytes, format_rate, format_seconds
 from manifests.errors import ManifestError, SourceNotFoundError, ToolkitError
 from runner import floors, kernels, machine
@@ -214,7 +215,7 @@ def run(
         disk_read_gbps=disk_gbps,
         peak_bytes=machine.peak_bytes(),
         settings={
-            "model": path,
+            "model": None if path is None else urls.shown_place(path),
             "io": loaded.io,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import manifests
+from manifests import urls
 from manifests.check import check_files
 from manifests.config import read_object
 from manifests.console import counted, format_bytes
@@ -205,7 +206,7 @@ class _Findings:
 def _examine_model(
     path: str | Path | None, found: _Findings, *, can_import: bool
 ) -> tuple[ModelFacts, Forecast | None]:
-    facts = ModelFacts(path=str(demo.path() if path is None else path), embedded=path is None)
+    facts = ModelFacts(path=urls.shown_place(str(demo.path() if path is None else path)), embedded=path is None)
     if not can_import:
         return facts, None
     # These need the packages that were just looked for.
