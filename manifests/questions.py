@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
+from manifests.errors import ResourceError
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -26,6 +28,7 @@ def each(ask: Callable[[S], T], names: Sequence[S], *, at_once: int) -> Generato
         at_once: How many answers may be under way.
 
     Raises:
+        ResourceError: The system allows not one more thread.
         Whatever `ask` raises, when that answer's turn has come.
     """
     waiting: queue.SimpleQueue[tuple[S, Future[T]]] = queue.SimpleQueue()
@@ -44,8 +47,13 @@ def each(ask: Callable[[S], T], names: Sequence[S], *, at_once: int) -> Generato
                     answer.set_exception(error)
 
     try:
-        for _ in range(min(at_once, len(names))):
-            threading.Thread(target=work, daemon=True).start()
+        for number in range(min(at_once, len(names))):
+            try:
+                threading.Thread(target=work, daemon=True).start()
+            except RuntimeError as error:
+                if number == 0:
+                    raise ResourceError("the system allows no more threads; allow more (ulimit -u)") from error
+                break  # those that there are will do
         for answer in answers:
             yield answer.result()
     finally:

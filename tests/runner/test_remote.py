@@ -287,11 +287,24 @@ def test_every_command_takes_an_address_or_says_why_not(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     server = start(checkpoints["demo-resharded"])
-    result = call(command[0], "-m", server.url, *command[1:], stdin="hello\n")
+    address = f"{server.url.replace('://', '://user:SECRET@')}/?sig=SECRET"
+    result = call(command[0], "-m", address, *command[1:], stdin="hello\n")
     assert result.exit_code == exit_code, result.output
+    assert "SECRET" not in result.output + result.stderr
     if exit_code:
         assert result.stderr.startswith("runner: ")
         assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["demo", "demo-resharded"])
+def test_a_store_that_forbids_what_it_does_not_have(
+    kind: str, checkpoints: dict[str, Path], call: Call, start: Callable[[Path], FileServer]
+) -> None:
+    server = start(checkpoints[kind])
+    server.instead = lambda asked, right: Answer(403) if right.status == 404 else None
+    for _ in range(2):
+        result = call("logits", "-m", server.url, "-p", "def ")
+        assert result.exit_code == 0, result.output
 
 
 def test_doctor_fetches_no_weights(
