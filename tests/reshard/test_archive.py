@@ -13,7 +13,7 @@ from manifests.errors import (
     IntegrityError,
     ResourceError,
 )
-from reshard import archive, blocks, readable
+from reshard import archive, blocks, openable
 from reshard.packing import pack
 from reshard.progress import Progress
 from reshard.restore import check
@@ -119,7 +119,7 @@ def test_each_expert_is_unpacked_once_for_a_shard(resharded_copy: Path, monkeypa
         read.append(path.name)
         return real(path, size=size)
 
-    monkeypatch.setattr(readable, "unpack_blocks", counted)
+    monkeypatch.setattr(openable, "unpack_blocks", counted)
     with Progress(0, label="", quiet=True) as progress:
         pack(resharded_copy, jobs=2, progress=progress)
         read.clear()
