@@ -6,7 +6,6 @@ This file knows addresses and bytes; it must not know checkpoints. It needs the 
 """
 
 import logging
-import random
 import re
 import threading
 import time
@@ -17,25 +16,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from manifests import answers, urls
+from manifests import answers, patience, urls
 from manifests.answers import ABSENT, EXPIRED, PassingError, explain, library, refuse
 from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError
+from manifests.patience import Patience, Servers
 
 if TYPE_CHECKING:
     import urllib3
-
-TRIES = 6
-"""Failures one behind the other, without a byte between them, that are borne."""
-
-FIRST_TRIES = 3
-"""The same for a server that has never answered: its name is likely to be wrong."""
-
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 300.0
-"""A server that asks for more is not waited for."""
-
-TOLD_PAUSE_S = 3.0
-"""Whoever waits for longer is told why."""
 
 READ_BYTES = 512 << 10
 """Asked of a connection at once: memory for more costs more than the calls that it saves."""
@@ -100,8 +87,8 @@ class Web:
         self._authorization = dict(authorization or {})
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
-        self._answered: set[tuple[str, str, int]] = set()
-        self._told_until = 0.0
+        self.servers = Servers()
+        """Which have answered so far."""
         self.requests = 0
         """Requests that were made so far."""
 
@@ -123,7 +110,7 @@ class Web:
             ManifestError: It is larger.
             RemoteError: The server cannot be reached, or does not do what is asked.
         """
-        patience = _Patience(self, url, tries)
+        borne = Patience(self.servers, url, tries)
         extra = {} if etag is None else {"If-None-Match": etag}
         while True:
             try:
@@ -138,9 +125,9 @@ class Web:
                         raise RemoteError(f"{urls.shown(url)}: the server answers with status {response.status}")
                     return Document(content=_whole(response, url, max_bytes), etag=response.headers.get("ETag"))
             except PassingError as failure:
-                patience.bear(failure)
+                borne.bear(failure)
             except self._library.exceptions.HTTPError as error:
-                patience.bear(explain(error, url))
+                borne.bear(explain(error, url))
 
     def ask(
         self, url: str, headers: Mapping[str, str], where: str | None = None
@@ -166,32 +153,13 @@ class Web:
             response = self._manager(at).request(
                 "GET", at, headers=own, preload_content=False, decode_content=False, redirect=False, retries=False
             )
-            self._answered.add(urls.origin(at))
+            self.servers.answered(at)
             location = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return response, at
             response.close()
             at = _redirected(at, location, where or urls.shown(url))
         raise RemoteError(f"{where or urls.shown(url)}: is redirected more than {_REDIRECTS} times")
-
-    def tries(self, url: str) -> int:
-        """Failures one behind the other that are borne."""
-        return TRIES if self.has_answered(url) else FIRST_TRIES
-
-    def has_answered(self, url: str) -> bool:
-        """Whether the server of an address has ever said anything."""
-        return urls.origin(url) in self._answered
-
-    def tell(self, url: str, failure: PassingError, pause_s: float) -> None:
-        """Say once for all who wait that a server is asked again later, if that is long enough to wonder."""
-        if pause_s + failure.waited_s < TOLD_PAUSE_S:
-            return
-        with self._lock:
-            now = time.monotonic()
-            if now < self._told_until:
-                return
-            self._told_until = now + max(pause_s, TOLD_PAUSE_S)
-        _logger.warning("%s: %s; it is asked again in %.0f s", urls.shown(url), failure, pause_s)
 
     def _manager(self, url: str) -> "urllib3.PoolManager":
         """The connections that lead there: by the proxy that the environment names, or direct."""
@@ -359,7 +327,7 @@ class Stream:
         self.end = end
         self._file = file
         self._clamp = clamp
-        self._patience = _Patience(file.web, file.url)
+        self._patience = Patience(file.web.servers, file.url)
         self._response: urllib3.BaseHTTPResponse | None = None
 
     def open(self) -> None:
@@ -443,51 +411,13 @@ class Stream:
             response.close()
 
 
-class _Patience:
-    """How many failures one thing has had, one behind the other."""
-
-    def __init__(self, web: Web, url: str, tries: int | None = None) -> None:
-        self._web = web
-        self._url = url
-        self._tries = tries
-        self._failures = 0
-
-    def forget(self) -> None:
-        """It went on."""
-        self._failures = 0
-
-    def bear(self, failure: PassingError) -> None:
-        """Wait before the next try.
-
-        Raises:
-            RemoteError: There were too many, or the server asks for too long a pause.
-        """
-        self._failures += 1
-        if self._failures >= (self._tries or self._web.tries(self._url)):
-            advice = "" if self._web.has_answered(self._url) else "look at the address, or "
-            raise RemoteError(
-                f"{urls.shown(self._url)}: {failure}, {self._failures} times in a row; {advice}run again later"
-            ) from failure
-        if failure.pause_s == 0:
-            return
-        asked_s = failure.pause_s or 0.0
-        if asked_s > LONGEST_PAUSE_S:
-            raise RemoteError(
-                f"{urls.shown(self._url)}: {failure}, and asks to wait {asked_s:.0f} s; run again then"
-            ) from failure
-        # Not all clients of a server that came back should ask it at once.
-        pause_s = max(asked_s, FIRST_PAUSE_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25))
-        self._web.tell(self._url, failure, pause_s)
-        time.sleep(pause_s)
-
-
 def _whole(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int) -> bytes:
     content, told = bytearray(), time.monotonic()
     while data := response.read1(READ_BYTES, decode_content=False):
         content += data
         if len(content) > max_bytes:
             raise ManifestError(f"{urls.shown(url)}: larger than {max_bytes} bytes, which no such file needs")
-        if (now := time.monotonic()) - told >= TOLD_PAUSE_S:
+        if (now := time.monotonic()) - told >= patience.TOLD_PAUSE_S:
             told = now
             of_all = f" of {response.headers['Content-Length']}" if "Content-Length" in response.headers else ""
             _logger.warning("%s: %d%s bytes have come", urls.shown(url), len(content), of_all)

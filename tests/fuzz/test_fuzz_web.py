@@ -22,7 +22,7 @@ import huggingface_hub.constants
 import pytest
 import urllib3
 
-from manifests import gguf_files, http, hub, remote, urls
+from manifests import gguf_files, http, hub, patience, remote, urls
 from manifests.errors import ToolkitError
 from manifests.http import Web
 from reshard.small_files import list_repository
@@ -333,7 +333,7 @@ def find(target: Callable[[Random], None], numbers: range) -> Iterator[str]:
                 target(Random(f"{target.__name__} {number}"))
             except Exception as error:
                 yield f"{target.__name__} {number}: {type(error).__name__}: {error}"
-        assert all(0 <= seconds <= http.LONGEST_PAUSE_S for seconds in waited)
+        assert all(0 <= seconds <= patience.LONGEST_PAUSE_S for seconds in waited)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from manifests import answers, http, urls
+from manifests import answers, http, patience, urls
 from manifests.errors import IntegrityError, ManifestError, RemoteError, SourceNotFoundError, ToolkitError
 from manifests.http import RemoteFile, Web
 from tests.file_server import Answer, Asked, FileServer, serve
@@ -25,7 +25,7 @@ CONTENT = random.Random(1).randbytes(100_000)
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(answers, "SILENCE_S", 5.0)
 
 
@@ -131,7 +131,7 @@ def test_a_retry_after_that_is_none_is_no_harm(server: FileServer) -> None:
 
 def test_pauses_grow(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 1.0)
     monkeypatch.setattr(http.time, "sleep", waited.append)
     server.instead = lambda asked, right: Answer(500)
     with pytest.raises(RemoteError):
@@ -271,7 +271,7 @@ def test_a_server_that_goes_away_and_comes_back(server: FileServer) -> None:
 
 def test_a_silent_server(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "SILENCE_S", 0.05)
-    monkeypatch.setattr(http, "FIRST_TRIES", 2)
+    monkeypatch.setattr(patience, "FIRST_TRIES", 2)
 
     def silent(asked: Asked, right: Answer) -> Answer:
         time.sleep(0.3)
@@ -399,7 +399,7 @@ def test_https_to_a_server_that_speaks_http(server: FileServer) -> None:
 def test_a_slow_document_is_told(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(http, "TOLD_PAUSE_S", 0.1)
+    monkeypatch.setattr(patience, "TOLD_PAUSE_S", 0.1)
     server.files["/a"], server.pause_s = bytes(400_000), 0.05
     with caplog.at_level("WARNING", logger="manifests"):
         found = Web().read(f"{server.url}/a", max_bytes=1_000_000)

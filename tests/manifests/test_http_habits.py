@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from manifests import answers, http
+from manifests import answers, http, patience
 from manifests.errors import ForbiddenError, IntegrityError, RemoteError
 from manifests.http import RemoteFile, Web
 from tests.file_server import Answer, Asked, FileServer, serve
@@ -22,7 +22,7 @@ CONTENT = random.Random(2).randbytes(50_000)
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_redirect_that_leads_nowhere_is_no_absence(server: FileServer, locatio
 
 def test_a_short_retry_after_does_not_shorten_the_pauses(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 1.0)
     monkeypatch.setattr(http.time, "sleep", waited.append)
     for after in ("0", "1", "Thu, 01 Jan 1970 00:00:00 GMT"):
         waited.clear()
@@ -184,7 +184,7 @@ def test_who_waits_is_told_once_for_all(
         thread.start()
     for thread in threads:
         thread.join()
-    assert [record.getMessage() for record in caplog.records if record.name == "manifests.http"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "manifests.patience"] == [
         f"{server.url}/a: the server answers with status 429; it is asked again in 30 s"
     ]
 
@@ -192,14 +192,14 @@ def test_who_waits_is_told_once_for_all(
 def test_short_pauses_are_not_worth_a_word(server: FileServer, caplog: pytest.LogCaptureFixture) -> None:
     server.instead = once(lambda asked, right: Answer(503), times=4)
     file(server).read(0, 10)
-    assert not [record for record in caplog.records if record.name == "manifests.http"]
+    assert not [record for record in caplog.records if record.name == "manifests.patience"]
 
 
 def test_a_long_silence_is_told(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(answers, "SILENCE_S", 0.2)
-    monkeypatch.setattr(http, "TOLD_PAUSE_S", 0.1)
+    monkeypatch.setattr(patience, "TOLD_PAUSE_S", 0.1)
     go_on = threading.Event()
 
     def silent(asked: Asked, right: Answer) -> None:
@@ -209,7 +209,7 @@ def test_a_long_silence_is_told(
     server.instead = silent
     assert file(server).read(0, 10) == CONTENT[:10]
     go_on.set()
-    (told,) = [record for record in caplog.records if record.name == "manifests.http"]
+    (told,) = [record for record in caplog.records if record.name == "manifests.patience"]
     assert told.levelno == logging.WARNING
     assert "/a: its server sent nothing for 0 s; it is asked again in 0 s" in told.getMessage()
 

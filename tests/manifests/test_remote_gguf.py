@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests import http, inventory
+from manifests import inventory, patience
 from manifests.errors import IntegrityError, ManifestError, SourceNotFoundError
 from tests.fake_hub import NAME, fake_hub
 from tests.file_server import Answer, Asked, FileServer, serve
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """It, on a server; headers are longer than what is asked for at once."""
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr("manifests.gguf.READ_BYTES", BLOCK_BYTES)
     monkeypatch.setattr("manifests.gguf_files.READ_BYTES", BLOCK_BYTES)
     with serve(folder) as found:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from manifests import http
+from manifests import http, patience
 from manifests.errors import IntegrityError, RemoteError
 from reshard import fetching
 from reshard.blocks import new_block
@@ -26,7 +26,7 @@ SEGMENT = 1000
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     (tmp_path / "file").write_bytes(os.urandom(SIZE))
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(fetching, "SEGMENT_BYTES", SEGMENT)
     with serve(tmp_path) as found:
         yield found

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests import http
+from manifests import patience
 from manifests.paths import MANIFEST_NAME
 from manifests.schema import TensorEntry
 from tests import wrong_answers
@@ -26,7 +26,7 @@ EXPERT = "layers/2/experts/04.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr("manifests.shards.FIRST_BYTES", 8)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import manifests
-from manifests import http
+from manifests import http, patience
 from manifests import hub as repositories
 from manifests.paths import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from manifests.schema import Selection
@@ -50,7 +50,7 @@ SMALL = {f"{module}.CHUNK_BYTES": 16_384 for module in CHUNKED} | {
     "reshard.transfer.PART_SECONDS": 0.0,
     "reshard.fetching.SEGMENT_BYTES": 40_000,
     "manifests.shards.FIRST_BYTES": 8,
-    "manifests.http.FIRST_PAUSE_S": 0.001,
+    "manifests.patience.FIRST_PAUSE_S": 0.001,
 }
 """A small checkpoint in as many segments, parts and chunks as a large one."""
 
@@ -66,7 +66,7 @@ def usual_v3(v3_copy: Path) -> Path:
 @pytest.fixture
 def server(usual_v3: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """It, on a server; whoever must wait waits for no time."""
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     with serve(usual_v3) as found:
         yield found
 

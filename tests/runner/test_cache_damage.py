@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from manifests import http
+from manifests import patience
 from manifests.errors import RemoteError, ToolkitError
 from runner import notes, remote_files
 from runner.cache_folder import ENVIRONMENT, TENSORS, CacheFolder
@@ -49,7 +49,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory, reshard_folder: Callable[...
 
 @pytest.fixture
 def folder(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setenv(ENVIRONMENT, str(memory_folder / "cache"))

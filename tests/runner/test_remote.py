@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import manifests
-from manifests import http, hub
+from manifests import hub, patience
 from manifests.digest import CHUNK_BYTES
 from manifests.errors import RemoteError, SourceNotFoundError, ToolkitError
 from runner import demo, fetch_progress
@@ -42,7 +42,7 @@ def cache(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(ENVIRONMENT, str(folder))
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "fdatasync", lambda _: None)  # on a busy disk one may take longer than a test
     return folder
 

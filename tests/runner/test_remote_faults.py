@@ -24,7 +24,7 @@ import torch
 from click.testing import Result
 
 import manifests
-from manifests import http
+from manifests import patience
 from manifests.errors import IntegrityError, ManifestError, RemoteError, ResourceError
 from manifests.storage import save
 from runner import demo
@@ -42,7 +42,7 @@ IDS = [3, 17, 200, 5]
 @pytest.fixture(autouse=True)
 def cache(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(ENVIRONMENT, str(memory_folder))
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     return memory_folder
 
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import Result
 from torch import Tensor
 
-from manifests import http
+from manifests import patience
 from manifests.errors import IntegrityError, SourceNotFoundError
 from runner.cache_folder import ENVIRONMENT
 from runner.loaded import LoadedModel
@@ -56,7 +56,7 @@ def models(
 def server(models: Path, memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """The models on a server, and an empty cache."""
     monkeypatch.setenv(ENVIRONMENT, str(memory_folder / "cache"))
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr("manifests.gguf.READ_BYTES", 4096)
     monkeypatch.setattr("manifests.gguf_files.READ_BYTES", 4096)
     monkeypatch.setattr(os, "fdatasync", lambda _: None)  # on a busy disk one may take longer than a test
