@@ -141,9 +141,7 @@ def hold_folder(destination: Path) -> Iterator[Hold]:
     with _one_interrupt() as ignore_interrupts:
         try:
             destination.mkdir(parents=True, exist_ok=True)
-            for folder in made:
-                # Before anything is freed for what will be in it.
-                sync_folder(folder.parent)
+            _sync_way(destination)
             with lock_folder(destination):
                 hold = Hold(destination)
                 try:
@@ -160,6 +158,21 @@ def hold_folder(destination: Path) -> Iterator[Hold]:
             if isinstance(failure, OSError) and not isinstance(failure, ToolkitError):
                 raise write_error(destination, failure) from failure
             raise
+
+
+def _sync_way(folder: Path) -> None:
+    """Make the way to a folder durable, before anything is freed for what will be in it.
+
+    Also where it was there: a run that was killed may have made it just before, and synced nothing.
+    """
+    device = folder.stat().st_dev
+    for parent in folder.parents:
+        if parent.stat().st_dev != device:
+            return
+        try:
+            sync_folder(parent)
+        except PermissionError:
+            return  # another user's; what is ours lies below
 
 
 def empty_folder(folder: Path) -> None:

@@ -40,6 +40,21 @@ def test_a_disturbed_command_ends_as_an_undisturbed_one(pool: Pool, name: str, k
     assert check(pool, name, kind, limit=SAMPLES[kind]) == SAMPLES[kind]
 
 
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        # The folder was made by a run that was killed before it synced the one above.
+        ("restore-gguf", "kill:2:before+cut:unlink:2:removals"),
+        ("consume-gguf", "kill:2:before+cut:unlink:5:removals"),
+        ("consume", "kill:2:before+cut:unlink:20:removals"),
+    ],
+)
+def test_what_was_lost_once(pool: Pool, name: str, faults: str) -> None:
+    answer = pool.ask({"do": "case", "scenario": name, "faults": faults, "readers": True})
+    assert not require(answer)["wrong"]
+    assert answer["fired"]
+
+
 @pytest.mark.parametrize("name", FLIP_STATES)
 def test_a_flipped_bit_is_found_and_named(pool: Pool, name: str) -> None:
     assert check(pool, name, FLIP, limit=FLIPS) == FLIPS * len(FLIP_STATES[name])

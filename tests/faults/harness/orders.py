@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 KINDS = ("kill", "power", "fail", "short", "twice")
 TWICE = 300
+REMOVALS = (1, 2, 3, 5, 8, 20)
+"""The first are of what was left half-made, later ones free what was used up."""
 """Cases with two or three faults one after the other, drawn by chance."""
 
 
@@ -67,7 +69,7 @@ def several(points: Sequence[str], calls: Sequence[str], count: int = TWICE) -> 
     # What is written and not yet durable when a run is killed is there for the next one to see, and to rely on.
     for number, call in enumerate(points, start=1):
         if call == "fsync":
-            for removal in (1, 2):
+            for removal in REMOVALS:
                 yield f"kill:{number}:before+cut:unlink:{removal}:removals"
     for number in range(1, calls.count("fsync") + 1):
         yield f"fail:fsync:{number}:EIO:once+cut:unlink:1:removals"
