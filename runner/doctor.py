@@ -236,6 +236,7 @@ def _examine_model(
     if isinstance(checkpoint.folder, LocalFolder):
         found.attempt("files", lambda: _check_files(checkpoint))
     else:
+        found.attempt("server", lambda: _ask_server(checkpoint))
         found.notes += _remote_notes(checkpoint)
     if config is not None:
         facts = dataclasses.replace(facts, vocab_size=config.vocab_size)
@@ -264,6 +265,18 @@ def _examine_model(
     if config is None or any(problem.topic in ("config", "files", "tensors") for problem in found.problems):
         return facts, None
     return facts, found.attempt("memory", lambda: _foretell(checkpoint, config))
+
+
+def _ask_server(checkpoint: manifests.Checkpoint) -> None:
+    """Whether the server gives ranges, of the first file and the last; of the others when they are needed."""
+    folder, files = checkpoint.folder, checkpoint.manifest.files
+    if not isinstance(folder, CachedFolder) or folder.offline is not None:
+        return
+    for file in {file.path: file for file in (files[0], files[-1])}.values():
+        remote = folder.remote_file(file.path)
+        remote.begin(1)
+        if remote.facts.size != file.size:
+            raise IntegrityError(f"{remote.where}: has {remote.facts.size} bytes, the manifest says {file.size}")
 
 
 def _remote_notes(checkpoint: manifests.Checkpoint) -> Iterator[str]:

@@ -119,8 +119,9 @@ def forecast(
     routed = min(config.num_experts_per_tok, config.n_routed_experts) * layers * sizes.expert
     hit_rate = min(1.0, budget.slots / sizes.experts) if sizes.experts else 1.0
     direct, mapped = rates.direct or 0.0, rates.mapped or 0.0
-    # Mapped experts are in the page cache for the next run too, so that way wins when it costs little.
-    io = "direct" if direct > 1.15 * mapped else "mmap"
+    # Mapped experts are in the page cache for the next run too, so that way wins when it costs little; where it has no
+    # rate, as on a server, there is none.
+    io = "direct" if direct > 1.15 * mapped or not mapped else "mmap"
     disk = max(direct, mapped)
     warm = expected = cold = None
     missed_s = 0.0

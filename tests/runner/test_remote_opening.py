@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+import manifests
 from manifests import hub
 from runner import demo
 from runner.cache_folder import ENVIRONMENT
 from runner.loaded import LoadedModel
 from runner.remote_checkpoint import open_cached
-from tests.file_server import Answer, Asked, FileServer, no_fault, serve
+from tests.file_server import Answer, Asked, Fault, FileServer, no_fault, serve
 
 Call = Callable[..., Result]
 GENERATE = ("-p", "def main(", "-n", "6", "--temp", "0")
@@ -169,6 +170,22 @@ def test_doctor_says_that_the_cache_stands_in(resharded: Path, call: Call) -> No
     result = call("doctor", "-m", server.url)
     assert result.exit_code == 0
     assert "cannot be reached" in result.stdout
+
+
+def test_doctor_asks_whether_there_are_ranges(resharded: Path, call: Call) -> None:
+    last = manifests.open(resharded).manifest.files[-1].path
+    faults: dict[str, tuple[Fault, str]] = {
+        "whole files": (lambda asked, right: Answer(200, {}, b"all") if asked.range else None, "does not serve ranges"),
+        "gone": (lambda asked, right: Answer(404) if asked.name == last else None, "the server has no such file"),
+    }
+    for fault, says in faults.values():
+        with serve(resharded) as server:
+            assert "--io mmap" not in call("doctor", "-m", server.url).stdout
+            server.instead = fault
+            result = call("doctor", "-m", server.url)
+        assert result.exit_code != 0
+        assert "can run    yes" not in result.stdout
+        assert says in result.stdout
 
 
 def test_a_bound_of_a_model_on_a_server_is_not_idle(resharded: Path, call: Call) -> None:
