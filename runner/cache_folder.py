@@ -182,19 +182,29 @@ class CacheFolder:
             waited = time.monotonic() - begin
             # Nothing is freed for what has no room in any case.
             if size > self.bound or waited > _LONGEST_S:
-                raise ResourceError(
-                    f"{self.root}: no room for {format_bytes(size)} beside what is in use; give more --cache-size"
-                )
+                raise self.too_small(size)
             with self._ledger.evicting():
                 if self._ledger.take(size, self.bound):
                     return
                 # A little more than is needed: looking through all files takes a while.
                 freed = self._evict(max(self._ledger.bytes + size - self.bound, self.bound // 64))
             if not freed:
+                if not self.has_room(size):
+                    raise self.too_small(size)  # whatever others free
                 if waited > _RECOUNT_S and not is_recounted:
                     is_recounted = True
                     self._ledger.set(self._count(keep=None))
                 time.sleep(_PAUSE_S)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes, with the tables of their files, can be here at the same time."""
+        return self.bound is None or size + self.small_bytes <= self.bound
+
+    def too_small(self, size: int) -> ResourceError:
+        """What to raise where so many bytes have no room."""
+        return ResourceError(
+            f"{self.root}: no room for {format_bytes(size)} beside what is in use; give more --cache-size"
+        )
 
     def release(self, size: int) -> None:
         """Give back what was reserved and not taken.

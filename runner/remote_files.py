@@ -34,6 +34,8 @@ CONNECTIONS = 16
 _READ_BYTES = 1 << 20
 _KNOWN_FILES = 256
 _PAUSE_S = 0.002
+_ROUNDS = 16
+"""Pieces that went while others came are fetched again; if that goes on, the bound is too low for all who use it."""
 
 
 class RemoteFiles:
@@ -112,8 +114,13 @@ class RemoteFiles:
 
     def _bring(self, held: Sequence[_Held]) -> bool:
         """Fetch what is missing; all is here and locked then. Whether something was missing."""
-        is_new = False
+        is_new, fetched = False, 0
         while True:
+            if fetched > 1:
+                # Pieces that were here went for those that were not: that need not end.
+                size = sum(map(self._kept_bytes, held))
+                if fetched > _ROUNDS or not self._cache.has_room(size):
+                    raise self._cache.too_small(size)
             missing = [(one, one.missing(wait=is_new)) for one in held]
             # Before they were locked, somebody who makes room may have found some empty.
             removed = [one for one in held if one.mirror.is_removed]
@@ -127,6 +134,12 @@ class RemoteFiles:
                 for one in held:
                     one.free()
                 self._fetch([(one, numbers) for one, numbers in missing if numbers])
+                fetched += 1
+
+    def _kept_bytes(self, one: _Held) -> int:
+        """What the pieces that a load needs of a file take, with the table of the file."""
+        pieces = self._pieces(one.file)
+        return own_bytes(len(pieces)) + sum(disk_bytes(pieces[number]) for span in one.spans for number in span)
 
     def _open(self, file: str) -> Mirror:
         """The mirror of a file, made when there is none of it."""

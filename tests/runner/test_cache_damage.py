@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from manifests import patience
-from manifests.errors import RemoteError, ToolkitError
+from manifests.errors import RemoteError, ResourceError, ToolkitError
 from runner import notes, remote_files
 from runner.cache_folder import ENVIRONMENT, TENSORS, CacheFolder
 from runner.ledger import Ledger
@@ -24,7 +24,7 @@ from runner.mirror import Mirror
 from runner.pieces import cut
 from runner.remote_checkpoint import open_cached
 from runner.remote_files import RemoteFiles
-from tests.file_server import Answer, FileServer, no_fault
+from tests.file_server import Answer, FileServer, no_fault, serve
 
 CASES = 50
 """Of each kind of checkpoint; more were run when this was written."""
@@ -126,7 +126,7 @@ def run(seed: int, cases: int, root: Path, folder: Path) -> tuple[int, int]:
         files = sorted(path for path in kept.rglob("*") if path.is_file())
         for path in chance.sample(files, chance.choice([1, 1, 1, 2, 5])):
             damage(chance, cache / path.relative_to(kept), files)
-        bound = chance.choice([None, None, 10 << 20, 1 << 20])
+        bound = chance.choice([None, None, 10 << 20, 5 << 18])
         if chance.random() < 0.6:
             take(server.url, root, bound)
             continue
@@ -146,6 +146,21 @@ def run(seed: int, cases: int, root: Path, folder: Path) -> tuple[int, int]:
 def test_damaged_files_are_fetched_again_and_never_used(kind: int, roots: list[Path], folder: Path) -> None:
     was_offline, was_enough = run(7, CASES, roots[kind], folder)
     assert 0 < was_enough < was_offline
+
+
+def test_what_has_no_room_at_once_is_refused(roots: list[Path], folder: Path) -> None:
+    """Piece by piece there would be room, each time for those that went for the others; that would not end."""
+    refused = []
+    with serve(roots[0]) as server:
+        for bound in range(300_000, 1_200_000, 60_000):
+            take(server.url, roots[0], every=2)
+            try:
+                take(server.url, roots[0], bound)
+            except ResourceError:
+                refused.append(bound)
+    # A file of 981 kB is read at once; beside it are dense weights of the other, and what is small.
+    assert refused == list(range(300_000, max(refused) + 1, 60_000))
+    assert 1_020_000 <= max(refused) <= 1_140_000
 
 
 def mirrors(folder: Path) -> Iterator[Path]:
