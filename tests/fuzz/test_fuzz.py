@@ -153,8 +153,8 @@ def test_a_planted_bug_is_found(
     ("before", "said"),
     [
         (
-            "import inputs; inputs.WEIGHTS = {'folder': 1}; import manifests.inventory as m; "
-            "m.check_relative = lambda p, what: p; m.resolve_inside = lambda root, p: root / p",
+            "import inputs; inputs.WEIGHTS = {'folder': 1}; import manifests.folder as f, manifests.shards as s; "
+            "s.check_relative = lambda p, what: p; f.resolve_inside = lambda root, p: root / p",
             "outside.safetensors, outside of",
         ),
         ("import manifests.header as m; m._parse_entry = lambda *_: bytes(2 << 30)", "MemoryError"),

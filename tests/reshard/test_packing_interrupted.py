@@ -296,9 +296,10 @@ def watched(folder: Path) -> Iterator[list[tuple[str, str]]]:
         real = getattr(os, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            path = Path(of(*arguments)).relative_to(folder).as_posix()
-            if (name, path[-8:]) != ("unlink", ".partial"):
-                calls.append((name, path))
+            path = Path(of(*arguments))
+            # The way to the folder is made durable on every run, and is no part of what is looked at here.
+            if path.is_relative_to(folder) and (name, path.suffix) != ("unlink", ".partial"):
+                calls.append((name, path.relative_to(folder).as_posix()))
             return real(*arguments, **options)
 
         patch.setattr(os, name, call)
