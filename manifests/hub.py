@@ -164,4 +164,7 @@ def _refusal(text: str, library: Any, error: Exception) -> ToolkitError:
     if isinstance(error, errors.HFValidationError):
         return SourceNotFoundError(f"{text}: is no name that a repository can have")
     first = str(error).strip().splitlines()
-    return RemoteError(f"{text}: the Hub cannot be asked: {first[0] if first else type(error).__name__}")
+    return RemoteError(
+        f"{text}: the Hub cannot be asked: {first[0] if first else type(error).__name__}; with HF_HUB_OFFLINE=1 what "
+        "was downloaded before is used"
+    )

@@ -8,6 +8,7 @@ import click
 
 from manifests import urls
 from manifests.console import Group, counted, format_bytes, format_seconds, printable, quiet_option
+from manifests.paths import MANIFEST_NAME
 from manifests.safety import require_folder
 from manifests.schema import Selection
 from reshard import discard as discarding
@@ -111,6 +112,7 @@ def run(
         is_confirmed = _confirm(source, planned, consume=consume, yes=yes)
         discarding.discard(root, dst)
     elif not dry_run:
+        _note_idle_discard(dst, discards=discard and not quiet)
         # All was there before it became this: then the command goes on as with any complete checkpoint.
         _finish_packing(root, dst, events, quiet=quiet)
     source, planned, earlier = look(src, dst, selection, quiet=quiet)
@@ -190,6 +192,11 @@ def _advise(dst: Path, planned: Plan, remarks: list[str]) -> None:
     if planned.selection.is_everything:
         path = printable(shlex.quote(str(dst)))
         click.echo(f"next: reshard restore {path} --check   proves that the original can be rebuilt", err=True)
+
+
+def _note_idle_discard(dst: Path, *, discards: bool) -> None:
+    if discards and (dst / MANIFEST_NAME).exists():
+        click.echo(f"note: {printable(str(dst))} is finished, so --discard removes nothing", err=True)
 
 
 def _confirm(source: SourceCheckpoint, planned: Plan, *, consume: bool, yes: bool) -> bool:

@@ -351,6 +351,8 @@ def test_a_finished_checkpoint_that_is_damaged_is_not_said_to_be_there(
     refused = program("reshard", "run", v2_folder, out, "--paranoid")
     assert (refused.code, f"{expert}: its bytes are damaged; `reshard repair" in refused.err) == (13, True)
     assert program("reshard", "repair", out, "--from", v2_folder).code == 0
+    said = program("reshard", "run", v2_folder, out, "--discard")
+    assert (said.code, said.err.count("is finished, so --discard removes nothing")) == (0, 1)
     assert program("reshard", "run", v2_folder, out, "--paranoid").code == 0
     small.unlink()
     assert f"{small}: is missing" in program("reshard", "run", v2_folder, out).err
