@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GIVEN = ("MODEL", "OUT", "PROMPT", "TOKENS")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 
@@ -16,7 +18,11 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In a folder with nothing but the Makefile and what a test puts there."""
     shutil.copy(ROOT / "Makefile", folder)
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    # Not as a part of the make that may run the tests, with its flags and variables.
+    own = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS")) and key not in GIVEN
+    }
+    return subprocess.run(["make", *arguments], cwd=folder, env=own, capture_output=True, text=True, check=False)
 
 
 def test_clean_leaves_no_compiled_library(tmp_path: Path) -> None:
