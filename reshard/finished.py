@@ -5,10 +5,11 @@ Nothing of it is written or mended here; that is what `reshard.repair` is for.
 
 from pathlib import Path
 
+from manifests.check import check_files
 from manifests.checkpoint import Checkpoint
 from manifests.errors import IntegrityError
 from manifests.folder import LocalFolder
-from manifests.schema import Document, FileEntry, Manifest
+from manifests.schema import Manifest
 from reshard.progress import Progress
 from reshard.verify import verify
 
@@ -16,18 +17,15 @@ _MENDED = "`reshard repair DST --from SRC` brings back what is wrong"
 
 
 def require_whole(manifest: Manifest, folder: Path) -> None:
-    """Refuse a checkpoint of which a file is gone or has another size.
+    """Refuse a checkpoint of which a file is gone, or has another size or header.
 
     Raises:
         IntegrityError: With the file and what to do.
     """
-    entries: list[FileEntry | Document] = [*manifest.files, *manifest.documents]
-    for entry in entries:
-        path = folder / entry.path
-        found = path.stat().st_size if path.is_file() else None
-        if found != entry.size:
-            fault = "is missing" if found is None else f"has {found} bytes, the manifest says {entry.size}"
-            raise IntegrityError(f"{path}: {fault}; {_MENDED}")
+    problems = check_files(Checkpoint(LocalFolder(folder), manifest))
+    if problems:
+        more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+        raise IntegrityError(f"{folder / problems[0].loc}: {problems[0].message}{more}; {_MENDED}")
 
 
 def require_right(manifest: Manifest, folder: Path, *, jobs: int, progress: Progress) -> None:

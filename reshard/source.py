@@ -19,11 +19,12 @@ from manifests.paths import INDEX_NAME, MANIFEST_NAME
 from manifests.questions import Watch
 from manifests.remote import RemoteFolder, find, is_resharded, read_index, read_indexed
 from manifests.remote import find_gguf as find_remote_gguf
-from manifests.safety import require_folder, resolve_inside
+from manifests.safety import require_folder
+from manifests.shards import MAX_INDEX_BYTES
 from reshard.generated import config_document
-from reshard.places import LocalPlace, Place
-from reshard.small_files import AuxiliaryFile, list_folder, list_small
-from reshard.web import WebPlace, place_of
+from reshard.places import Place
+from reshard.small_files import AuxiliaryFile, list_small
+from reshard.web import place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,17 +133,7 @@ def read_source(
     if names or any(name.endswith(gguf_files.SUFFIX) for name in freed):
         return _read_gguf(folder, None, gguf_files.read_folder(folder, names, freed), freed)
     shards = read_shards(root, freed)
-    index_path = root / INDEX_NAME
-    index = resolve_inside(root, INDEX_NAME).read_bytes() if index_path.exists() else None
-    auxiliary, left_out = list_folder(root, shards)
-    return SourceCheckpoint(
-        place=LocalPlace(root),
-        shards=shards,
-        index=index,
-        config=read_config(folder),
-        auxiliary=auxiliary,
-        left_out=left_out,
-    )
+    return _read_beside(folder, shards, folder.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES))
 
 
 def _read_remote(folder: RemoteFolder, name: str | None, watch: Watch | None) -> SourceCheckpoint:
@@ -160,10 +151,14 @@ def _read_remote(folder: RemoteFolder, name: str | None, watch: Watch | None) ->
     if names := find_remote_gguf(folder):
         return _read_gguf(folder, None, gguf_files.read_folder(folder, names, watch=watch), {})
     index = read_index(folder)
-    shards = read_indexed(folder, index, watch)
+    return _read_beside(folder, read_indexed(folder, index, watch), index)
+
+
+def _read_beside(folder: Folder, shards: Mapping[str, Header], index: bytes | None) -> SourceCheckpoint:
+    """Shards with what lies beside them, wherever that is."""
     auxiliary, left_out = list_small(folder, shards)
     return SourceCheckpoint(
-        place=WebPlace(folder),
+        place=place_of(folder),
         shards=shards,
         index=index,
         config=read_config(folder),
