@@ -6,6 +6,7 @@ import base64
 import logging
 import random
 import socket
+import socketserver
 import threading
 from collections.abc import Iterator
 
@@ -289,3 +290,25 @@ def test_a_server_that_says_nothing_of_lengths() -> None:
             assert found is not None
             assert found.content == CONTENT[5:15]
         thread.join()
+
+
+def test_a_body_without_a_length_that_ends_early_goes_on() -> None:
+    """As old servers have it: the end of the connection is that of the body, and may come too soon."""
+    asked = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            lines = iter(self.rfile.readline, b"\r\n")
+            begin, end = next(
+                map(int, line.split(b"=")[1].split(b"-")) for line in list(lines) if line.startswith(b"Range")
+            )
+            asked.append(begin)
+            self.wfile.write(b"HTTP/1.0 206 Partial Content\r\n")
+            self.wfile.write(b"Content-Range: bytes %d-%d/%d\r\n\r\n" % (begin, end, len(CONTENT)))
+            self.wfile.write(CONTENT[begin : end + 1][: 400 if begin < 800 else None])
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        assert Web().file(f"http://127.0.0.1:{server.server_address[1]}/a").read(0, 2000) == CONTENT[:2000]
+        server.shutdown()
+    assert asked == [0, 400, 800]
